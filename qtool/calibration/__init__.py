@@ -1,0 +1,1 @@
+"""Calibration: text to tokens, and statistics of what flows into linears."""

@@ -1,0 +1,73 @@
+"""Integer grids: evenly spaced levels, symmetric around zero or shifted by a zero point.
+
+    symmetric    q = clip(round(w / scale), -2^(b-1), 2^(b-1) - 1)         w^ = scale q
+    asymmetric   q = clip(round(w / scale) + zero, 0, 2^b - 1)             w^ = scale (q - zero)
+    w [..., group] floats    scale, zero [..., 1]    q [..., group] whole numbers
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range always holds 0, as GPTQ's does.
+Why scale = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies half a step beyond the last level,
+so no value is further than scale/2 from its level, and the levels use the negative half to its end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Params:
+    """scale [..., 1], already rounded to the dtype it is stored in; zero [..., 1], whole, or None where symmetric."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """`bits` per code; `scale_dtype` is what scales are stored in, so that codes fit the stored scale exactly."""
+
+    bits: int
+    symmetric: bool
+    scale_dtype: str = "bfloat16"
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        return self.low + (1 << self.bits) - 1
+
+    def fit(self, w: Tensor) -> Params:
+        """Params of the full range of w over its last axis; w [..., group], float32."""
+        return self.fit_range(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True))
+
+    def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
+        """Params of a stated range; minimum, maximum [..., 1]. An empty range gives scale 1."""
+        if self.symmetric:
+            scale = torch.maximum(-minimum, maximum) / ((1 << (self.bits - 1)) - 0.5)
+            return Params(self._stored(scale), None)
+        minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+        scale = self._stored((maximum - minimum) / self.high)
+        return Params(scale, (-minimum / scale).round().clamp(0, self.high))
+
+    def encode(self, w: Tensor, p: Params) -> Tensor:
+        """Nearest codes of w [..., group], as float whole numbers of the same shape."""
+        q = (w / p.scale).round()
+        if p.zero is not None:
+            q = q + p.zero
+        return q.clamp(self.low, self.high)
+
+    def decode(self, q: Tensor, p: Params) -> Tensor:
+        """Values of codes q [..., group], float32."""
+        return (q if p.zero is None else q - p.zero) * p.scale
+
+    def snap(self, w: Tensor, p: Params) -> Tensor:
+        """w [..., group] moved to the nearest grid points."""
+        return self.decode(self.encode(w, p), p)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        stored = scale.to(SCALE_DTYPES[self.scale_dtype]).float()
+        return torch.where(stored > 0, stored, torch.ones_like(stored))  # an all-zero group decodes to zeros

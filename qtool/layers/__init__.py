@@ -1,0 +1,1 @@
+"""Layers that compressed models are made of."""

@@ -1,0 +1,106 @@
+"""The folder is the registry: qtool/methods/quantize/gptq.py is the method quantize/gptq.
+
+A method's file holds a docstring (its first line is the summary, a line `Source: ...` the paper) and one constant
+    METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs="hessian")
+Plugins join through the entry-point group `qtool.methods`: quantize/mine = "my_package.mine". Built-ins and plugins take
+the same road. Listing reads docstrings and imports no method, so `qtool --help` stays fast.
+"""
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from qtool.errors import QtoolError, nearest
+from qtool.options import Options
+
+KINDS = ("calibrate", "transform", "quantize", "prune", "factorize", "distill", "evaluate", "export")
+Scope = Literal["linear", "block", "model", "training"]
+Needs = Literal["nothing", "amax", "hessian", "inputs"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is: its function, its strict options, what it works on and which statistics it needs."""
+
+    run: Callable[..., Any]
+    options: type[Options]
+    scope: Scope
+    needs: Needs = "nothing"
+    rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
+    key: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.key.split("/")[0]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What listing knows of a method without importing it."""
+
+    key: str
+    module: str
+    docstring: str
+
+    @property
+    def kind(self) -> str:
+        return self.key.split("/")[0]
+
+    @property
+    def summary(self) -> str:
+        return self.docstring.strip().splitlines()[0]
+
+    @property
+    def paper(self) -> str:
+        lines = [line.strip() for line in self.docstring.splitlines()]
+        return next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
+
+
+def list_methods() -> dict[str, MethodInfo]:
+    """Every method by key, built-ins first by kind, then by name."""
+    modules = {}
+    for path in sorted((Path(__file__).parent / "methods").glob("*/*.py")):
+        if path.stem != "__init__":
+            modules[f"{path.parent.name}/{path.stem}"] = f"qtool.methods.{path.parent.name}.{path.stem}"
+    for entry in entry_points(group="qtool.methods"):
+        if entry.name in modules:
+            raise QtoolError(f"the plugin {entry.value} brings {entry.name}, which exists already; rename its entry point")
+        if entry.name.split("/")[0] not in KINDS or entry.name.count("/") != 1:
+            raise QtoolError(f"the plugin {entry.value} is named {entry.name}; write kind/name, kind of: {', '.join(KINDS)}")
+        modules[entry.name] = entry.value
+    keys = sorted(modules, key=lambda key: (KINDS.index(key.split("/")[0]), key))
+    return {key: MethodInfo(key, modules[key], _docstring(key, modules[key])) for key in keys}
+
+
+def load(key: str) -> Method:
+    """Import one method; raises QtoolError with the nearest key where there is none."""
+    methods = list_methods()
+    if key not in methods:
+        raise QtoolError(f'there is no method "{key}"{nearest(key, methods)}')
+    module = importlib.import_module(methods[key].module)
+    if not isinstance(getattr(module, "METHOD", None), Method):
+        raise QtoolError(f"{key}: {methods[key].module} defines no METHOD = Method(...)")
+    method: Method = module.METHOD
+    return replace(method, key=key)
+
+
+def laws(key: str) -> dict[str, Callable[[], None]]:
+    """The properties that every method of this kind must satisfy, by name; each raises AssertionError where broken."""
+    from qtool import laws as checks  # here, because laws build models and listing must not import torch
+
+    return checks.of(load(key))
+
+
+def _docstring(key: str, module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise QtoolError(f"{key}: the module {module} does not exist; reinstall the package that brings it")
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    if not docstring:
+        raise QtoolError(f"{key}: {module} has no docstring; its first line is the method's summary")
+    return docstring
