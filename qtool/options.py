@@ -15,6 +15,19 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class TrainingOptions(Options):
+    """Options of a method that the training driver runs."""
+
+    steps: int = Field(200, ge=0, description="optimizer steps")
+    batch: int = Field(8, ge=1, description="windows in one optimizer step")
+    accumulate: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; then cosine to zero")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a killed run goes on from")
+
+
 class Selection(Options):
     """Options of a method that works on the model's linears."""
 

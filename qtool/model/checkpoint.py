@@ -1,0 +1,109 @@
+"""Checkpoint: the tensors of a safetensors folder, read one block at a time under the names transformers uses.
+
+Checkpoint keys become parameter names through transformers' own conversion mapping, so a mixture's per-expert keys
+arrive as the fused tensor that the module holds. Nothing but safetensors is read: a pickle can run code.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from qtool.errors import QtoolError
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Checkpoint key: the safetensors file that holds it; raises QtoolError where a file is missing or broken."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [name for name in weight_map.values() if Path(name).name != name]
+        if outside:
+            raise QtoolError(f"{index}: {outside[0]} lies outside the folder")
+        return {key: folder / name for key, name in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"only {pickled[0]}, a pickle that could run code; convert it to safetensors" if pickled else "no weights"
+        raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors or model.safetensors.index.json")
+    with open_file(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_file(path: Path) -> safe_open:
+    """Open a safetensors file; raises QtoolError where it is missing, truncated or no safetensors file."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise QtoolError(f"model: the file {path} is missing, though the index names it; download the model again") from error
+    except (SafetensorError, OSError) as error:
+        raise QtoolError(f"model: {path} is truncated or no safetensors file ({error}); download it again") from error
+
+
+class Checkpoint:
+    """Reads parameters by transformers' names; owns no tensor."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        files = find_files(folder)
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._model = model
+        names = model.state_dict()
+        self._sources: dict[str, list[tuple[str, str | None, Path]]] = {}
+        for key, path in sorted(files.items(), key=lambda item: _natural(item[0])):
+            target, pattern = rename_source_key(key, renamings, self._converters, model.base_model_prefix, names)
+            if target not in names and key in names:
+                target, pattern = key, None
+            self._sources.setdefault(target, []).append((key, pattern, path))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def read(self, names: list[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of the names that the checkpoint has, floats cast to dtype, checked to be finite."""
+        for name in names:
+            sources = self._sources.get(name)
+            if sources is None:
+                continue
+            if sources[0][1] is None:
+                key, _, path = sources[0]
+                found = {name: self._tensor(path, key, dtype)}
+            else:
+                found = self._convert(name, sources, dtype)
+            for target, tensor in found.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    bad = int((~torch.isfinite(tensor)).sum())
+                    raise QtoolError(f"model: {target} holds {bad} NaN or infinite values; the checkpoint is damaged, download it again")
+                yield target, tensor
+
+    def _convert(self, name: str, sources: list[tuple[str, str | None, Path]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        pattern = sources[0][1]
+        converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
+        for key, source_pattern, path in sources:
+            assert source_pattern is not None
+            converter.add_tensor(name, key, source_pattern, self._tensor(path, key, dtype))
+        converted = converter.convert(name, model=self._model, config=self._model.config)
+        return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
+
+    @staticmethod
+    def _tensor(path: Path, key: str, dtype: torch.dtype | None) -> Tensor:
+        with open_file(path) as file:
+            try:
+                tensor = file.get_tensor(key)
+            except SafetensorError as error:
+                raise QtoolError(f"model: {path}: {key} cannot be read ({error}); download the file again") from error
+            # A copy, so that the file's pages can leave memory with the file.
+            return tensor.to(dtype, copy=True) if dtype is not None and tensor.is_floating_point() else tensor.clone()
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]

@@ -1,0 +1,402 @@
+"""ModelHandle: a causal language model of which only the needed part is in memory.
+
+The skeleton stands on the meta device; `block(i)` reads one decoder block from safetensors and lets it go again.
+Activations between blocks are one tensor [samples, length, hidden] in host memory. How blocks are called (masks, positions)
+is recorded once per batch shape, by letting the model itself call them: no code per architecture.
+Why not fx tracing or per-model classes: the model's own forward already knows, and new families work unseen.
+"""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qtool.calibration.tokens import ASSETS
+from qtool.errors import QtoolError
+from qtool.layers.experts import Experts, is_fused
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.architectures import is_router
+from qtool.model.checkpoint import Checkpoint, find_files
+from qtool.model.compressed import read_compressed
+from qtool.model.linear import is_linear
+from qtool.model.store import Changes, load_changes
+from qtool.options import Options
+
+BATCH = 8  # windows in one forward of a block
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelOptions(Options):
+    """Which model, and where it runs."""
+
+    path: str = Field(description="demo, a local folder, or a hub id")
+    revision: str | None = Field(None, description="revision of a hub id")
+    dtype: str = Field("auto", pattern="^(auto|bfloat16|float16|float32)$", description="auto: as the checkpoint states")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class _Stop(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
+class Block:
+    """One decoder block with real weights, and the calls that the model makes of it."""
+
+    def __init__(self, handle: "ModelHandle", index: int, module: nn.Module) -> None:
+        self.index = index
+        self.name = f"{handle.blocks_name}.{index}"
+        self.module = module
+        self._handle = handle
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Full name: module, of every linear in the block except routers."""
+        found = {f"{self.name}.{name}": module for name, module in self.module.named_modules() if is_linear(module)}
+        return {name: module for name, module in found.items() if not is_router(name)}
+
+    def get(self, name: str) -> nn.Module:
+        """The module of a full name."""
+        return self.module.get_submodule(name.removeprefix(f"{self.name}."))
+
+    def call(self, hidden: Tensor) -> Tensor:
+        """hidden [batch, length, hidden] through the block."""
+        args, kwargs = self._handle.calls[tuple(hidden.shape[:2])][self.index]
+        out = self.module(hidden, *args, **kwargs)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """All samples [samples, length, hidden], batch by batch; returns a new tensor in host memory."""
+        device = self._handle.device
+        return torch.cat([self.call(batch.to(device)).to(hidden.device) for batch in hidden.split(BATCH)])
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, observers: dict[str, Any]) -> None:
+        """Run all samples and hand every input of the named linears to `observer.update`; stops where all were seen."""
+        seen: set[str] = set()
+        hooks = []
+        for name, observer in observers.items():
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = name, observer: Any = observer) -> None:
+                observer.update(args[0])
+                seen.add(name)
+                if len(seen) == len(observers):
+                    raise _Stop
+
+            hooks.append(self.get(name).register_forward_pre_hook(hook))
+        try:
+            for batch in hidden.split(BATCH):
+                seen.clear()
+                with contextlib.suppress(_Stop):
+                    self.call(batch.to(self._handle.device))
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+class ModelHandle:
+    """Owns the skeleton, the checkpoint and the changes made so far; see the module's docstring."""
+
+    def __init__(self, options: ModelOptions, changes: tuple[Path, ...] = ()) -> None:
+        self.options = options
+        self.changes = changes
+        self.folder = resolve_folder(options)
+        self.device = torch.device(_device(options.device))
+        trust = options.trust_remote_code
+        try:
+            self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust)
+        except (OSError, ValueError) as error:
+            raise QtoolError(f"model: {options.path}: {str(error).splitlines()[0]}") from error
+        self.quantization: dict[str, Any] | None = getattr(self.config, "quantization_config", None)
+        if self.quantization is not None:
+            del self.config.quantization_config
+        stated = getattr(self.config, "dtype", None) or torch.float32
+        self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else stated
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust)
+        self.model: PreTrainedModel = model.eval()
+        self.checkpoint = Checkpoint(self.folder, self.model)
+        self._separate_experts()
+        self.blocks_name, self._skeletons = self._find_blocks()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        self.calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = False
+        self._final: tuple[str, Tensor] | None = None
+
+    # ---- structure ----
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._skeletons)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head and the embedding are one tensor."""
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+
+    def outer_names(self) -> list[str]:
+        """Parameters that belong to no block: embeddings, last norm, head."""
+        return [name for name in self.model.state_dict() if not name.startswith(f"{self.blocks_name}.")]
+
+    def linear_names(self) -> list[str]:
+        """Every linear that methods may work on, in blocks and outside."""
+        modules = self.model.named_modules()
+        return [name for name, module in modules if is_linear(module) and not is_router(name)]
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _blocks_list(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
+
+    def _find_blocks(self) -> tuple[str, list[nn.Module]]:
+        wanted = self.config.get_text_config().num_hidden_layers
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == wanted:
+                return name, list(module)
+        raise QtoolError(f"model: {self.options.path}: no list of {wanted} blocks was found in {type(self.model).__name__}")
+
+    def _separate_experts(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if is_fused(module):
+                n_experts, hidden, intermediate = cast(Tensor, module.down_proj).shape
+                separate = Experts(n_experts, hidden, intermediate, cast(nn.Module, module.act_fn), self.dtype)
+                parent, _, last = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), last, separate)
+
+    # ---- loading and releasing ----
+
+    def load(self, root: nn.Module, prefix: str, unit: str) -> None:
+        """Give every parameter under root its checkpoint value, then apply the unit's changes."""
+        inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
+        for name, tensor in self.checkpoint.read(inside, self.dtype):
+            self._place(root, name.removeprefix(prefix), tensor.to(self.device))
+        if self.quantization is not None:
+            for name, module in list(root.named_modules()):
+                if isinstance(module, nn.Linear):
+                    quantized = read_compressed(self.checkpoint, prefix + name, self.quantization)
+                    if quantized is not None:
+                        self._place_quantized(root, name, *quantized)
+        for name, value in self.unit_changes(unit).items():
+            if isinstance(value, Tensor):
+                self._place(root, name.removeprefix(prefix), value.to(self.device))
+            else:
+                self._place_quantized(root, name.removeprefix(prefix).removesuffix(".weight"), *value)
+
+    def unit_changes(self, unit: str) -> Changes:
+        """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
+        for folder in reversed(self.changes):
+            if (folder / f"{unit}.safetensors").is_file():
+                return load_changes(folder / f"{unit}.safetensors")
+        return {}
+
+    def block(self, index: int) -> Block:
+        """Load block `index`; `release(index)` lets it go."""
+        module = copy.deepcopy(self._skeletons[index])
+        prefix = f"{self.blocks_name}.{index}."
+        self.load(module, prefix, f"block_{index:03d}")
+        missing = [name for name, p in module.named_parameters() if p.is_meta]
+        if missing:
+            raise QtoolError(f"model: {self.folder} has no tensor {prefix}{missing[0]} ({len(missing)} missing); is it the right checkpoint?")
+        self._blocks_list()[index] = module
+        return Block(self, index, module)
+
+    def release(self, index: int) -> None:
+        self._blocks_list()[index] = self._skeletons[index]
+
+    def blocks(self) -> Iterator[Block]:
+        """Each block in turn, loaded when it is asked for, released when the next one is."""
+        for index in range(self.n_blocks):
+            try:
+                yield self.block(index)
+            finally:
+                self.release(index)
+
+    @contextlib.contextmanager
+    def outer(self) -> Iterator[None]:
+        """Embeddings, last norm and head are in memory inside this context."""
+        names = self.outer_names()
+        before = {name: _get(self.model, name) for name in names}
+        self.load(self.model, "", "outer")
+        self.model.tie_weights()
+        missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
+        if missing:
+            raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                if not name.endswith((".scale", ".codes", ".zero")):
+                    self._place(self.model, name, tensor)
+
+    @contextlib.contextmanager
+    def materialized(self) -> Iterator[PreTrainedModel]:
+        """The whole model in memory, for what needs it at once: training, lm-eval, generation."""
+        with self.outer():
+            for index in range(self.n_blocks):
+                self.block(index)
+            try:
+                yield self.model
+            finally:
+                for index in range(self.n_blocks):
+                    self.release(index)
+
+    def _outer_checkpoint_names(self) -> list[str]:
+        return [name for name in self.checkpoint.names if not name.startswith(f"{self.blocks_name}.")]
+
+    def _place(self, root: nn.Module, name: str, tensor: Tensor) -> None:
+        path, _, last = name.rpartition(".")
+        try:
+            owner = root.get_submodule(path)
+        except AttributeError:
+            return  # a tensor the module does not have, such as old checkpoints' rotary tables
+        if isinstance(owner, Experts) and last in ("gate_up_proj", "down_proj"):
+            linears = owner.gate_up if last == "gate_up_proj" else owner.down
+            for linear, weight in zip(linears, tensor.unbind(0), strict=True):
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+        elif last in owner._buffers:
+            owner._buffers[last] = tensor
+        elif last in owner._parameters:
+            owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+    def _place_quantized(self, root: nn.Module, name: str, quantized: Any, scheme: Any) -> None:
+        path, _, last = name.rpartition(".")
+        owner = root.get_submodule(path)
+        old = owner.get_submodule(last)
+        bias = getattr(old, "bias", None)
+        layer = QuantLinear(quantized, bias, scheme.activations).to(self.device)
+        owner.register_module(last, layer)
+
+    # ---- running ----
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [samples, length] to the first block's input [samples, length, hidden]; records how blocks are called."""
+        inputs: list[Tensor] = []
+        first = self.block(0)
+        with self.outer():
+            for batch in tokens.split(BATCH):
+                shape = tuple(batch.shape)
+                recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+                def begin(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                    inputs.append(hidden.cpu())
+                    if shape in self.calls:
+                        raise _Stop
+                    recorded.append((args, kwargs))
+                    out = first.module.__class__.forward(first.module, hidden, *args, **kwargs)
+                    self._returns_tuple = isinstance(out, tuple)
+                    return (hidden, *out[1:]) if self._returns_tuple else hidden
+
+                def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                    recorded.append((args, kwargs))
+                    if len(recorded) == self.n_blocks:
+                        self.calls[shape] = list(recorded)
+                        raise _Stop
+                    return (hidden,) if self._returns_tuple else hidden
+
+                if self.n_blocks == 1:
+                    self.calls.pop(shape, None)
+                with self._blocks_replaced(begin, record), contextlib.suppress(_Stop):
+                    self.model(batch.to(self.device), use_cache=False)
+                if shape not in self.calls:  # a model of one block
+                    self.calls[shape] = list(recorded)
+        self.release(0)
+        return torch.cat(inputs)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last block's output [batch, length, hidden] to logits [batch, length, vocab]; call inside `outer()`."""
+
+        def begin(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden.to(self.device),) if self._returns_tuple else hidden.to(self.device)
+
+        def pass_on(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (value,) if self._returns_tuple else value
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        with self._blocks_replaced(begin, pass_on):
+            return cast(Tensor, self.model(ids, use_cache=False).logits)
+
+    def final_hidden(self, tokens: Tensor) -> Tensor:
+        """The last block's output [samples, length, hidden], block by block; the latest answer is kept."""
+        key = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        if self._final is None or self._final[0] != key:
+            hidden = self.embed(tokens)
+            for block in self.blocks():
+                hidden = block.forward(hidden)
+            self._final = (key, hidden)
+        return self._final[1]
+
+    @contextlib.contextmanager
+    def _blocks_replaced(self, begin: Any, follow: Any) -> Iterator[None]:
+        blocks = list(self._blocks_list())
+        for index, module in enumerate(blocks):
+            module.forward = begin if index == 0 else follow
+        try:
+            yield
+        finally:
+            for module in blocks:
+                del module.forward
+
+
+def _get(root: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    owner = root.get_submodule(path)
+    value = owner._parameters.get(last)
+    return cast(Tensor, owner._buffers[last] if value is None else value)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise QtoolError(f"device: {name} is asked for, but torch sees no GPU; use device: cpu, and see qtool doctor")
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise QtoolError(f'device: "{name}" is no device; valid: auto, cpu, cuda, cuda:0, ...') from error
+
+
+def resolve_folder(options: ModelOptions) -> Path:
+    """The folder of `demo`, of a local path, or of a hub id (from the cache, or downloaded)."""
+    if options.path == "demo":
+        return ASSETS / "demo" / "model"
+    local = Path(options.path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise QtoolError(f"model: {local} has no config.json; name a folder that transformers can load")
+        return local
+    if local.exists() or options.path.startswith((".", "/", "~")) or options.path.count("/") > 1:
+        raise QtoolError(f"model: the folder {options.path} does not exist; use demo, a local folder or a hub id")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                options.path, revision=options.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
+        raise QtoolError(
+            f"model: {options.path} is no local folder and is not in the cache, and the hub cannot be reached or does not "
+            f"have it ({type(error).__name__}); use demo, a local folder, or download it once with network"
+        ) from error
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Size of the safetensors files of a checkpoint."""
+    return sum(path.stat().st_size for path in set(find_files(folder).values()))
+
+

@@ -1,0 +1,28 @@
+"""The three kinds of linear layer that models hold, behind one view of their weights, always [out, in]."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qtool.layers.quant_linear import QuantLinear
+
+Linear = nn.Linear | Conv1D | QuantLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, QuantLinear))
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weights [out, in], float32, a copy; GPT-2's Conv1D keeps them transposed."""
+    if isinstance(linear, QuantLinear):
+        return linear.weight_values(torch.float32).detach()
+    assert isinstance(linear, (nn.Linear, Conv1D))
+    weight = linear.weight.detach().to(torch.float32, copy=True)
+    return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+
+
+def as_stored(linear: nn.Module, weight: Tensor) -> Tensor:
+    """weight [out, in] in the orientation and dtype of the layer's own parameter."""
+    assert isinstance(linear, (nn.Linear, Conv1D))
+    return (weight.T if isinstance(linear, Conv1D) else weight).to(linear.weight.dtype).contiguous()

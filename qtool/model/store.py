@@ -1,0 +1,76 @@
+"""What compression changed, on disk: one safetensors file per block, dense tensors and quantized ones side by side.
+
+A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero`, its scheme in the header.
+Files appear whole or not at all: written under a temporary name, flushed, renamed.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtool.errors import QtoolError
+from qtool.formats.packing import unpack_int32
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import QuantizedTensor
+from qtool.model.checkpoint import open_file
+
+Stored = Tensor | tuple[QuantizedTensor, Scheme]
+Changes = dict[str, Stored]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside path, then rename it; raises QtoolError where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise QtoolError(f"{path.parent}: cannot write {path.name}: {error}; free space or choose another --out") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    write_atomically(path, lambda temporary: None if temporary.write_text(text, encoding="utf-8") else None)
+
+
+def save_changes(path: Path, changes: Changes) -> None:
+    """Write one block's changes."""
+    tensors: dict[str, Tensor] = {}
+    schemes: dict[str, object] = {}
+    for name, value in changes.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().contiguous().cpu()
+            continue
+        quantized, scheme = value
+        tensors[f"{name}::codes"] = quantized.packed().cpu()
+        tensors[f"{name}::scale"] = quantized.scale.detach().contiguous().cpu()
+        if quantized.zero is not None:
+            tensors[f"{name}::zero"] = quantized.zero.contiguous().cpu()
+        schemes[name] = {"columns": quantized.shape[1], "scheme": scheme.model_dump()}
+    header = {"qtool": json.dumps(schemes)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load_changes(path: Path) -> Changes:
+    """Read one block's changes; raises QtoolError where the file is broken."""
+    with open_file(path) as file:
+        schemes = json.loads(file.metadata()["qtool"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    changes: Changes = {name: tensor for name, tensor in tensors.items() if "::" not in name}
+    for name, facts in schemes.items():
+        scheme = Scheme.model_validate(facts["scheme"])
+        codes = unpack_int32(tensors[f"{name}::codes"], scheme.weights.bits, facts["columns"]) + scheme.weights.grid.low
+        whole = torch.int8 if scheme.weights.symmetric else torch.uint8
+        quantized = QuantizedTensor(codes.to(whole), tensors[f"{name}::scale"], tensors.get(f"{name}::zero"), scheme.weights)
+        changes[name] = (quantized, scheme)
+    return changes

@@ -1,0 +1,1 @@
+"""Orchestration: the run, the blockwise driver, training, resume."""
