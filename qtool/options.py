@@ -1,10 +1,12 @@
-"""The strict pydantic base of every options model, and the choice of modules by name pattern."""
+"""The strict pydantic base of every options model, the options that many share, and the choice of modules by name pattern."""
 
 import fnmatch
 import re
 from collections.abc import Iterable
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from qtool.errors import QtoolError
 
@@ -13,6 +15,38 @@ class Options(BaseModel):
     """Subclass per method; give every field a range and a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Shorthand(Options):
+    """Options that one word may stand for, such as w4a16g128 for a scheme."""
+
+    @classmethod
+    def expand(cls, word: str) -> dict[str, object]:
+        """The long form of a word; raises ValueError that shows what a word must look like."""
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_word(cls, value: object) -> object:
+        return cls.expand(value) if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+class ModelOptions(Shorthand):
+    """Which model, and where it runs; a word alone is the path."""
+
+    path: str = Field(description="demo, a local folder, or a hub id")
+    revision: str | None = Field(None, description="revision of a hub id")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as the checkpoint states")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @classmethod
+    def expand(cls, word: str) -> dict[str, object]:
+        return {"path": word}
 
 
 class TrainingOptions(Options):
@@ -37,8 +71,9 @@ class Selection(Options):
         return any(matches(name, pattern) for pattern in self.ignore)
 
     def patterns(self) -> tuple[str, ...]:
-        """Every pattern the user wrote; each must match something."""
-        return self.ignore if "ignore" in self.model_fields_set else ()
+        """Every pattern that must match something: those that are not the default's."""
+        default = type(self).model_fields["ignore"].default
+        return tuple(pattern for pattern in self.ignore if pattern not in default)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -54,3 +89,29 @@ def require_matches(where: str, patterns: Iterable[str], names: list[str]) -> No
         if not any(matches(name, pattern) for name in names):
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise QtoolError(f'{where}: pattern "{pattern}" matches no linear; the model has {shown}')
+
+
+def valid_values(options: type[BaseModel], field: str) -> str:
+    """What a field of an options model takes, in words: `integer >= 1 or null`."""
+    schema = options.model_json_schema()
+    return _in_words(schema["properties"][field], schema.get("$defs", {}))
+
+
+def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return _in_words(defs[schema["$ref"].rsplit("/", 1)[-1]], defs)
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_in_words(choice, defs) for choice in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"a list of {_in_words(schema.get('items', {}), defs)}"
+    if schema.get("type") == "object":
+        inner = schema.get("additionalProperties")
+        each = f" to {_in_words(inner, defs)}" if isinstance(inner, dict) else ""
+        return f"a mapping of {', '.join(schema['properties'])}" if "properties" in schema else f"a mapping of names{each}"
+    words = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[name]}" for name, sign in bounds.items() if name in schema]
+    pattern = f" such as {schema['examples'][0]}" if "examples" in schema else ""
+    return " ".join([words.get(schema.get("type", ""), "any value"), " and ".join(limits)]).strip() + pattern

@@ -35,6 +35,10 @@ class LayerStats:
         if self._needs == "inputs":
             self._inputs.append(x.detach())
 
+    @property
+    def has_hessian(self) -> bool:
+        return self._gram is not None
+
     def hessian(self) -> Tensor:
         """Mean of x xᵀ, [in, in]; zeros where no token came."""
         assert self._gram is not None, "hessian() of statistics gathered without it"

@@ -8,12 +8,12 @@ The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: tr
 """
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from qtool.formats.integer import IntegerGrid
-from qtool.options import Options, Selection, matches
+from qtool.options import Options, Selection, Shorthand, matches
 
 SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?(?P<asym>-asym)?")
 
@@ -44,17 +44,16 @@ class KvScheme(Options):
     bits: int = Field(ge=2, le=8, description="bits per cached key or value")
 
 
-class Scheme(Options):
+class Scheme(Shorthand):
     """What one linear's weights, its input and the cache are stored in; null parts stay as they are."""
 
     weights: WeightScheme
     activations: ActivationScheme | None = None
     kv: KvScheme | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _read_shorthand(cls, value: Any) -> Any:
-        return parse_shorthand(value) if isinstance(value, str) else value
+    def expand(cls, word: str) -> dict[str, object]:
+        return parse_shorthand(word)
 
     def __str__(self) -> str:
         activations = 16 if self.activations is None else self.activations.bits

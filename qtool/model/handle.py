@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,22 +25,12 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint, find_files
 from qtool.model.compressed import read_compressed
-from qtool.model.linear import is_linear
+from qtool.model.linear import is_linear, shape_of
 from qtool.model.store import Changes, load_changes
-from qtool.options import Options
+from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class ModelOptions(Options):
-    """Which model, and where it runs."""
-
-    path: str = Field(description="demo, a local folder, or a hub id")
-    revision: str | None = Field(None, description="revision of a hub id")
-    dtype: str = Field("auto", pattern="^(auto|bfloat16|float16|float32)$", description="auto: as the checkpoint states")
-    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class _Stop(Exception):
@@ -51,9 +40,9 @@ class _Stop(Exception):
 class Block:
     """One decoder block with real weights, and the calls that the model makes of it."""
 
-    def __init__(self, handle: "ModelHandle", index: int, module: nn.Module) -> None:
+    def __init__(self, handle: "ModelHandle", index: int, module: nn.Module, name: str) -> None:
         self.index = index
-        self.name = f"{handle.blocks_name}.{index}"
+        self.name = name
         self.module = module
         self._handle = handle
 
@@ -66,9 +55,20 @@ class Block:
         """The module of a full name."""
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
 
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of an attention head, where the config tells."""
+        config = self._handle.config.get_text_config()
+        stated = getattr(config, "head_dim", None)
+        return stated or config.hidden_size // config.num_attention_heads
+
+    def call_arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model hands this block beside hidden [batch, length, hidden]: masks, positions."""
+        return self._handle.calls[tuple(hidden.shape[:2])][self.index]
+
     def call(self, hidden: Tensor) -> Tensor:
         """hidden [batch, length, hidden] through the block."""
-        args, kwargs = self._handle.calls[tuple(hidden.shape[:2])][self.index]
+        args, kwargs = self.call_arguments(hidden)
         out = self.module(hidden, *args, **kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
@@ -147,12 +147,19 @@ class ModelHandle:
 
     def outer_names(self) -> list[str]:
         """Parameters that belong to no block: embeddings, last norm, head."""
-        return [name for name in self.model.state_dict() if not name.startswith(f"{self.blocks_name}.")]
+        return [name for name in self.model.state_dict() if not self._in_block(name)]
+
+    def _in_block(self, name: str) -> bool:
+        return name.startswith(f"{self.blocks_name}.")
 
     def linear_names(self) -> list[str]:
         """Every linear that methods may work on, in blocks and outside."""
         modules = self.model.named_modules()
         return [name for name, module in modules if is_linear(module) and not is_router(name)]
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a linear, nothing loaded."""
+        return shape_of(self.model.get_submodule(name))
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -210,7 +217,7 @@ class ModelHandle:
         if missing:
             raise QtoolError(f"model: {self.folder} has no tensor {prefix}{missing[0]} ({len(missing)} missing); is it the right checkpoint?")
         self._blocks_list()[index] = module
-        return Block(self, index, module)
+        return Block(self, index, module, f"{self.blocks_name}.{index}")
 
     def release(self, index: int) -> None:
         self._blocks_list()[index] = self._skeletons[index]
@@ -226,19 +233,21 @@ class ModelHandle:
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:
         """Embeddings, last norm and head are in memory inside this context."""
-        names = self.outer_names()
-        before = {name: _get(self.model, name) for name in names}
-        self.load(self.model, "", "outer")
-        self.model.tie_weights()
-        missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
-        if missing:
-            raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
+        linears = {name: self.model.get_submodule(name) for name in self.linear_names() if not self._in_block(name)}
+        before = {name: _get(self.model, name) for name in self.outer_names()}
         try:
+            self.load(self.model, "", "outer")
+            self.model.tie_weights()
+            missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
+            if missing:
+                raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
             yield
         finally:
+            for name, module in linears.items():
+                path, _, last = name.rpartition(".")
+                setattr(self.model.get_submodule(path), last, module)
             for name, tensor in before.items():
-                if not name.endswith((".scale", ".codes", ".zero")):
-                    self._place(self.model, name, tensor)
+                self._place(self.model, name, tensor)
 
     @contextlib.contextmanager
     def materialized(self) -> Iterator[PreTrainedModel]:
@@ -253,7 +262,7 @@ class ModelHandle:
                     self.release(index)
 
     def _outer_checkpoint_names(self) -> list[str]:
-        return [name for name in self.checkpoint.names if not name.startswith(f"{self.blocks_name}.")]
+        return [name for name in self.checkpoint.names if not self._in_block(name)]
 
     def _place(self, root: nn.Module, name: str, tensor: Tensor) -> None:
         path, _, last = name.rpartition(".")
@@ -283,37 +292,38 @@ class ModelHandle:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [samples, length] to the first block's input [samples, length, hidden]; records how blocks are called."""
-        inputs: list[Tensor] = []
         first = self.block(0)
-        with self.outer():
-            for batch in tokens.split(BATCH):
-                shape = tuple(batch.shape)
-                recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        try:
+            with self.outer():
+                self._enter_blocks(first, tokens[:1])  # so that single samples can be tried on a block too
+                return torch.cat([self._enter_blocks(first, batch) for batch in tokens.split(BATCH)])
+        finally:
+            self.release(0)
 
-                def begin(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                    inputs.append(hidden.cpu())
-                    if shape in self.calls:
-                        raise _Stop
-                    recorded.append((args, kwargs))
-                    out = first.module.__class__.forward(first.module, hidden, *args, **kwargs)
-                    self._returns_tuple = isinstance(out, tuple)
-                    return (hidden, *out[1:]) if self._returns_tuple else hidden
+    def _enter_blocks(self, first: Block, batch: Tensor) -> Tensor:
+        """The first block's input for batch [batch, length]; fills `calls` for a batch shape not seen before."""
+        shape = tuple(batch.shape)
+        entered: list[Tensor] = []
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-                def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                    recorded.append((args, kwargs))
-                    if len(recorded) == self.n_blocks:
-                        self.calls[shape] = list(recorded)
-                        raise _Stop
-                    return (hidden,) if self._returns_tuple else hidden
+        def begin(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append(hidden.cpu())
+            if shape in self.calls:
+                raise _Stop
+            out = type(first.module).forward(first.module, hidden, *args, **kwargs)
+            self._returns_tuple = isinstance(out, tuple)
+            return follow(hidden, *args, **kwargs)
 
-                if self.n_blocks == 1:
-                    self.calls.pop(shape, None)
-                with self._blocks_replaced(begin, record), contextlib.suppress(_Stop):
-                    self.model(batch.to(self.device), use_cache=False)
-                if shape not in self.calls:  # a model of one block
-                    self.calls[shape] = list(recorded)
-        self.release(0)
-        return torch.cat(inputs)
+        def follow(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorded.append((args, kwargs))
+            if len(recorded) == self.n_blocks:
+                self.calls[shape] = recorded
+                raise _Stop
+            return (hidden,) if self._returns_tuple else hidden
+
+        with self._blocks_replaced(begin, follow), contextlib.suppress(_Stop):
+            self.model(batch.to(self.device), use_cache=False)
+        return entered[0]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -22,7 +22,10 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
 
 
-def as_stored(linear: nn.Module, weight: Tensor) -> Tensor:
-    """weight [out, in] in the orientation and dtype of the layer's own parameter."""
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(out, in), also of layers on the meta device."""
+    if isinstance(linear, QuantLinear):
+        return linear.out_features, linear.in_features
     assert isinstance(linear, (nn.Linear, Conv1D))
-    return (weight.T if isinstance(linear, Conv1D) else weight).to(linear.weight.dtype).contiguous()
+    shape = (linear.weight.shape[0], linear.weight.shape[1])
+    return shape[::-1] if isinstance(linear, Conv1D) else shape

@@ -1,0 +1,26 @@
+"""calibrate/text: windows of tokens from text, the inputs that later steps take their statistics from.
+
+    tokens [samples, length]
+Source: the usual 128 windows of GPTQ (arXiv:2210.17323, section 4) and AWQ (arXiv:2306.00978, section 5).
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.model.handle import ModelHandle
+from qtool.registry import Method
+
+
+class CalibrationOptions(TextOptions):
+    """Which text, and how much of it."""
+
+    samples: int = Field(128, ge=1, description="windows to take")  # type: ignore[assignment]
+
+
+def text(model: ModelHandle, options: CalibrationOptions, seed: int) -> Tensor:
+    """Tokens [samples, length] int64."""
+    return read_tokens(options, model.tokenizer, seed)
+
+
+METHOD = Method(run=text, options=CalibrationOptions, scope="model")

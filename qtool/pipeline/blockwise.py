@@ -1,0 +1,266 @@
+"""The blockwise driver: transform, quantize and prune, one decoder block in memory at a time.
+
+For each block:  observe its linears' inputs -> the method -> install -> save -> forward, so that errors propagate.
+With `true_sequential`, linears are done group by group, each group seeing inputs that the groups before it changed.
+A transform leaves the model's function alone, so blocks after it are fed from the model before the step; a quantizer or
+pruner changes it, so they are fed from the changed blocks.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.calibration.statistics import LayerStats
+from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import Block, ModelHandle
+from qtool.model.linear import shape_of, weight_of
+from qtool.model.store import Changes, save_changes
+from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
+from qtool.options import Selection, require_matches
+from qtool.pipeline.folder import StepFolder
+from qtool.progress import Progress
+from qtool.registry import Method, Needs
+
+TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
+
+
+@dataclass
+class Work:
+    """What one unit (a block, or what stands outside the blocks) has come to."""
+
+    changes: Changes
+    linears: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+
+    def note(self, where: str) -> Callable[[str], None]:
+        return lambda text: self.fallbacks.append(f"{where}: {text}")
+
+
+def run_blockwise(
+    model: ModelHandle, method: Method, options: Any, tokens: Tensor | None, folder: StepFolder, progress: Progress
+) -> dict[str, Any]:
+    """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks."""
+    needs = method.needed(options)
+    if isinstance(options, Selection):
+        check_selection(model, method, options)
+    needs_inputs = needs != "nothing" or method.kind == "transform"
+    if needs_inputs and tokens is None:
+        raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
+    changes_function = method.kind != "transform"
+    head = head_to_change(model, options) if isinstance(options, Selection) else None
+    progress.stage(method.key, model.n_blocks + (head is not None))
+
+    source = model if changes_function else before_step(model, folder)
+    hidden = source.embed(tokens) if needs_inputs and tokens is not None else None
+    for index in range(model.n_blocks):
+        unit = f"block_{index:03d}"
+        is_done = folder.unit(unit).is_file()
+        is_last = index == model.n_blocks - 1 and head is None
+        if not is_done or (hidden is not None and not is_last):
+            block = source.block(index)
+            onward = None if changes_function or hidden is None or is_last else block.forward(hidden)
+            if not is_done:
+                work = Work(source.unit_changes(unit))
+                if changes_function:
+                    change_block(block, method, options, needs, hidden, work)
+                else:
+                    assert hidden is not None
+                    transform_block(block, method, options, needs, hidden, work)
+                folder.write_records(unit, {"linears": work.linears, "fallbacks": work.fallbacks})
+                save_changes(folder.unit(unit), work.changes)
+            if hidden is not None and not is_last:
+                hidden = block.forward(hidden) if onward is None else onward
+            source.release(index)
+        progress.advance(f"{model.blocks_name}.{index}")
+    if head is not None and not folder.unit("outer").is_file():
+        change_head(model, head, method, options, needs, hidden, folder)
+        progress.advance(head)
+    return collect(model, folder)
+
+
+def before_step(model: ModelHandle, folder: StepFolder) -> ModelHandle:
+    """The model as it was before this step."""
+    return ModelHandle(model.options, tuple(path for path in model.changes if path != folder.path))
+
+
+def collect(model: ModelHandle, folder: StepFolder) -> dict[str, Any]:
+    """The records of all units of a finished step."""
+    names = [*(f"block_{index:03d}" for index in range(model.n_blocks)), "outer"]
+    records = [folder.records(name) for name in names if folder.unit(name).is_file()]
+    return {
+        "linears": [linear for record in records for linear in record["linears"]],
+        "fallbacks": [text for record in records for text in record["fallbacks"]],
+    }
+
+
+def check_selection(model: ModelHandle, method: Method, options: Selection) -> None:
+    """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide, a pruned code."""
+    names = model.linear_names()
+    require_matches(method.key, options.patterns(), names)
+    if isinstance(options, SchemeSelection):
+        for name in names:
+            scheme = options.scheme_of(name)
+            shape = model.linear_shape(name)
+            if scheme is None or scheme.weights.group is None or not shape[1] % scheme.weights.group:
+                continue
+            fitting = [size for size in (32, 64, 128, 256) if shape[1] % size == 0]
+            advice = f"use {', '.join(map(str, fitting))}" if fitting else "leave the group away"
+            raise QtoolError(
+                f"{method.key}: {name}: {shape[1]} columns do not divide into groups of {scheme.weights.group}; {advice}"
+            )
+
+
+def head_to_change(model: ModelHandle, options: Selection) -> str | None:
+    """The output head's name where the options ask for it; raises QtoolError where it is tied to the embedding."""
+    outside = [name for name in model.linear_names() if not name.startswith(f"{model.blocks_name}.")]
+    chosen = [name for name in outside if not options.is_ignored(name)]
+    if not chosen:
+        return None
+    if model.is_tied:
+        raise QtoolError(f"{chosen[0]} is tied to the embedding, which stays dense; add it to ignore")
+    return chosen[0]
+
+
+# ---- one block ----
+
+
+def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> None:
+    """Apply a transform's edits after checking that the block still computes the same."""
+    stats: dict[str, LayerStats] = {}
+    if needs != "nothing":
+        observers = {}
+        for group in find_groups(block, hidden[:1]):
+            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs)
+            observers[group.linears[0]] = shared
+            stats |= dict.fromkeys(group.linears, shared)
+        block.observe(hidden, observers)
+    scalings = [s for s in find_scalings(block, hidden[:1]) if needs == "nothing" or s.consumers[0] in stats]
+    edits = method.run(block, scalings, stats, options, work.note(method.key))
+    change = change_of_output(block, hidden[:1], edits)
+    if not change <= TRANSFORM_TOLERANCE:
+        raise QtoolError(
+            f"{method.key}: {block.name}: the block's float32 output would change by {change:.1e}, more than "
+            f"{TRANSFORM_TOLERANCE:.0e}; nothing was applied. The scales may be too extreme for this model: use a milder option"
+        )
+    apply_edits(block.module, block.name, edits)
+    for name in edits:
+        work.changes[name] = block.module.get_parameter(name.removeprefix(f"{block.name}.")).data
+
+
+def change_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor | None, work: Work) -> None:
+    """Quantize or prune the block's linears, group by group."""
+    if hidden is None:
+        groups = [(name,) for name in block.linears()]
+    else:
+        groups = [group.linears for group in find_groups(block, hidden[:1])]
+    chosen = [tuple(name for name in names if not options.is_ignored(name)) for names in groups]
+    chosen = [names for names in chosen if names]
+    for stage in stages(chosen) if getattr(options, "true_sequential", False) else [chosen]:
+        stats: dict[str, LayerStats] = {}
+        if hidden is not None and stage:
+            stats = {names[0]: LayerStats(shape_of(block.get(names[0]))[1], needs) for names in stage}
+            block.observe(hidden, stats)
+        for names in stage:
+            change_linears(block, names, stats.pop(names[0], None), method, options, work)
+
+
+def stages(groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """Groups in call order, those that differ by a number only (the experts of a mixture) together."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for names in groups:
+        found.setdefault(re.sub(r"\d+", "#", names[0]), []).append(names)
+    return list(found.values())
+
+
+def change_linears(
+    block: Block, names: tuple[str, ...], stats: LayerStats | None, method: Method, options: Any, work: Work
+) -> None:
+    """Quantize or prune linears that share an input, in one call where the method works row by row."""
+    batches: list[tuple[Scheme | None, list[str]]] = []
+    for name in names:
+        if isinstance(block.get(name), QuantLinear):
+            raise QtoolError(f"{method.key}: {name} is quantized already; quantize once, and prune before it")
+        scheme = options.scheme_of(name) if isinstance(options, SchemeSelection) else None
+        if method.rowwise and batches and batches[-1][0] == scheme:
+            batches[-1][1].append(name)
+        else:
+            batches.append((scheme, [name]))
+    for scheme, members in batches:
+        begun = time.perf_counter()
+        W = torch.cat([weight_of(block.get(name)) for name in members])  # [out of all, in]
+        note = work.note(members[0])
+        if scheme is not None:
+            quantized = method.run(W.clone(), stats, scheme.weights, options, note)
+        else:
+            pruned = method.run(W.clone(), stats, options, note)
+        seconds = time.perf_counter() - begun
+        start = 0
+        for name in members:
+            layer = block.get(name)
+            stop = start + shape_of(layer)[0]
+            if scheme is not None:
+                part = quantized.rows(start, stop)
+                install(block, name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
+                work.changes[f"{name}.weight"] = (part, scheme)
+                after = part.dequantize()
+            else:
+                after = pruned[start:stop]
+                weight = block.module.get_parameter(f"{name}.weight".removeprefix(f"{block.name}."))
+                weight.data = oriented(layer, after).to(weight.dtype)
+                work.changes[f"{name}.weight"] = weight.data
+            work.linears.append(
+                {
+                    "name": name,
+                    "scheme": str(scheme) if scheme is not None else f"sparse {float((after == 0).float().mean()):.2f}",
+                    "seconds": seconds * (stop - start) / len(W),
+                    **errors(W[start:stop], after, stats),
+                }
+            )
+            start = stop
+
+
+def install(block: Block, name: str, layer: nn.Module) -> None:
+    """Put a new layer at a full name inside the block."""
+    local = name.removeprefix(f"{block.name}.")
+    path, _, last = local.rpartition(".")
+    setattr(block.module.get_submodule(path), last, layer)
+
+
+def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str, float | None]:
+    """SQNR of the weights in dB, and the relative squared error of the outputs over the calibration tokens."""
+    D = after.to(before.device) - before
+    noise, signal = float(D.square().sum()), float(before.square().sum())
+    sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    relative = None
+    if stats is not None and stats.has_hessian and stats.n_tokens:
+        H = stats.hessian()
+        power = float(((before @ H) * before).sum())
+        relative = float(((D @ H) * D).sum()) / power if power > 0 else None
+    return {"sqnr_db": sqnr, "relative_output_error": relative}
+
+
+def change_head(
+    model: ModelHandle, head: str, method: Method, options: Any, needs: Needs, hidden: Tensor | None, folder: StepFolder
+) -> None:
+    """The same for the output head, which stands outside the blocks."""
+    work = Work(model.unit_changes("outer"))
+    with model.outer():
+        outside = Block(model, -1, model.model, "")
+        stats = None
+        if hidden is not None:
+            stats = LayerStats(model.linear_shape(head)[1], needs)
+            hook = outside.get(head).register_forward_pre_hook(lambda module, args: stats.update(args[0]))
+            for batch in hidden.split(8):
+                model.logits(batch)
+            hook.remove()
+        change_linears(outside, (head,), stats, method, options, work)
+    folder.write_records("outer", {"linears": work.linears, "fallbacks": work.fallbacks})
+    save_changes(folder.unit("outer"), work.changes)
