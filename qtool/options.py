@@ -113,5 +113,4 @@ def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     words = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[name]}" for name, sign in bounds.items() if name in schema]
-    pattern = f" such as {schema['examples'][0]}" if "examples" in schema else ""
-    return " ".join([words.get(schema.get("type", ""), "any value"), " and ".join(limits)]).strip() + pattern
+    return " ".join([words.get(schema.get("type", ""), "any value"), " and ".join(limits)]).strip()

@@ -1,27 +1,47 @@
-"""Packing: several codes in one int32 word, lowest bits first, as compressed-tensors' pack-quantized lays them out.
+"""Packing: codes as one stream of bits in int32 words, lowest bits first, as compressed-tensors' pack-quantized lays them out.
 
-A word holds floor(32 / bits) codes, so 3-bit codes take 3.2 bits each. Rows are padded with zeros to whole words.
-    codes [out, in] in 0 .. 2^bits - 1    words [out, ceil(in / per_word)] int32
+Code i of a row stands at bits i·b .. i·b + b - 1 of the row, across the border of two words where b does not divide 32;
+rows are padded with zeros to whole words.
+    codes [out, in] in 0 .. 2^b - 1    words [out, ceil(in b / 32)] int32
+Source: compressed-tensors 0.18 and later; before, a word held floor(32 / b) codes, which is the same for 2, 4 and 8 bits.
 """
 
 import torch
 from torch import Tensor
 
+PERIOD = 32  # codes after which the borders of codes and of words meet again
+
+
+def n_words(columns: int, bits: int) -> int:
+    """Words that a row of codes takes."""
+    return -(-columns * bits // 32)
+
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Words [out, ceil(in / per_word)] of unsigned codes [out, in]."""
-    per_word = 32 // bits
+    """Words [out, ceil(in b / 32)] of unsigned codes [out, in]."""
     rows, columns = codes.shape
-    padded = torch.zeros(rows, -(-columns // per_word) * per_word, dtype=torch.int64, device=codes.device)
-    padded[:, :columns] = codes
-    shifts = torch.arange(per_word, device=codes.device) * bits  # [per_word]
-    words = (padded.view(rows, -1, per_word) << shifts).sum(-1)  # [out, words]
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    padded = torch.nn.functional.pad(codes, (0, -columns % PERIOD))
+    places = padded.reshape(-1, PERIOD).T.to(torch.int32).contiguous()  # [32, periods]
+    words = torch.zeros(bits, places.shape[1], dtype=torch.int32, device=codes.device)
+    for i, code in enumerate(places):
+        word, shift = divmod(i * bits, 32)
+        words[word] |= code << shift
+        if shift + bits > 32:
+            words[word + 1] |= code >> (32 - shift)
+    return words.T.reshape(rows, -1)[:, : n_words(columns, bits)].contiguous()  # [out, words]
 
 
 def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Unsigned codes [out, columns] int64 of words [out, words]."""
-    per_word = 32 // bits
-    shifts = torch.arange(per_word, device=words.device) * bits  # [per_word]
-    codes = (words.to(torch.int64).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # [out, words, per_word]
-    return codes.flatten(1)[:, :columns]
+    """Unsigned codes [out, columns] int16 of words [out, ceil(columns b / 32)]."""
+    rows = len(words)
+    assert words.shape[1] == n_words(columns, bits), f"{words.shape[1]} words do not hold {columns} codes of {bits} bits"
+    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
+    parts = padded.reshape(-1, bits).T.contiguous()  # [b, periods]
+    codes = torch.empty(PERIOD, parts.shape[1], dtype=torch.int16, device=words.device)
+    for i in range(PERIOD):
+        word, shift = divmod(i * bits, 32)
+        code = parts[word] >> shift
+        if shift + bits > 32:  # the right shift brought copies of the sign bit along; the rest stands in the next word
+            code = (code & ((1 << (32 - shift)) - 1)) | (parts[word + 1] << (32 - shift))
+        codes[i] = code & ((1 << bits) - 1)
+    return codes.T.reshape(rows, -1)[:, :columns].contiguous()  # [out, columns]

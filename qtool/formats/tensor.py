@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.integer import SCALE_DTYPES, Params
-from qtool.formats.packing import pack_int32
+from qtool.formats.packing import n_words, pack_int32
 from qtool.formats.scheme import WeightScheme
 
 
@@ -40,15 +40,14 @@ class QuantizedTensor:
 
     def packed(self) -> Tensor:
         """Codes as unsigned numbers packed into int32 words [out, words]."""
-        return pack_int32(self.codes.to(torch.int64) - self.scheme.grid.low, self.scheme.bits)
+        return pack_int32(self.codes.to(torch.int16) - self.scheme.grid.low, self.scheme.bits)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and packed zero points."""
-        per_word = 32 // self.scheme.bits
         rows, columns = self.shape
-        words = rows * -(-columns // per_word)
-        zeros = 0 if self.zero is None else -(-rows // per_word) * self.zero.shape[1]
+        words = rows * n_words(columns, self.scheme.bits)
+        zeros = 0 if self.zero is None else n_words(rows, self.scheme.bits) * self.zero.shape[1]
         return 4 * (words + zeros) + self.scale.numel() * SCALE_DTYPES[self.scheme.scale_dtype].itemsize
 
     @property

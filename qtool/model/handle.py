@@ -164,6 +164,12 @@ class ModelHandle:
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    def stored_names(self) -> set[str]:
+        """Parameters that a checkpoint stores: all but a head that is tied to the embedding."""
+        names = {name for name, _ in self.model.named_parameters()}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return names - set(tied) if self.is_tied else names
+
     def _blocks_list(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
 

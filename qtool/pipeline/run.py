@@ -1,0 +1,334 @@
+"""The main path: one recipe, carried out step by step, each step kept so that a killed run goes on.
+
+    calibrate -> transform -> quantize / prune / distill -> evaluate -> export -> evaluate the exports' own bytes -> gates
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import Artifact, Metric
+from qtool.calibration.tokens import digest_tokens
+from qtool.errors import QtoolError, nearest
+from qtool.model.checkpoint import find_files
+from qtool.model.handle import ModelHandle, ModelOptions, resolve_folder
+from qtool.model.store import write_text
+from qtool.pipeline.blockwise import check_selection, run_blockwise
+from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.training import run_training
+from qtool.progress import Progress
+from qtool.recipe import Recipe, Step, load
+from qtool.report.html import write_report
+from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, versions
+
+CHANGING = ("transform", "quantize", "prune", "factorize", "distill")
+
+
+def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
+    """Carry out a recipe in the folder `out`; returns what results.json holds."""
+    folder = RunFolder(out)
+    source = resolve_folder(recipe.model)
+    folder.open({"recipe": recipe.digest, "model": digest_model(source)}, fresh)
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    original = ModelHandle(recipe.model)
+    for step in recipe.steps:
+        check_step(step, original)
+    run = Run(recipe, folder, original, progress)
+    for index, step in enumerate(recipe.steps):
+        run.carry_out(index, step)
+    for row in run.exports:
+        run.evaluate_export(row)
+    return run.finish()
+
+
+def check_step(step: Step, model: ModelHandle) -> None:
+    """What can be known to fail without a weight: patterns that match nothing, groups that do not divide."""
+    if step.method.scope == "linear":
+        with located(step):
+            check_selection(model, step.method, step.options)  # type: ignore[arg-type]
+    if step.method.check is not None:
+        with located(step):
+            step.method.check(model, step.options)
+
+
+@contextlib.contextmanager
+def located(step: Step) -> Iterator[None]:
+    """Put the recipe's file and line before a step's error."""
+    try:
+        yield
+    except QtoolError as error:
+        raise QtoolError(f"{step.where}: {error}") from error
+
+
+class Run:
+    """What the steps of one run share: the tokens, the folders with changes, and what was measured."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, original: ModelHandle, progress: Progress) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.original = original
+        self.progress = progress
+        self.tokens: Tensor | None = None
+        self.changes: tuple[Path, ...] = ()
+        self.metrics: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.linears: dict[str, dict[str, Any]] = {}
+        self.exports: list[dict[str, Any]] = []
+        self.fallbacks: list[str] = []
+        self._compressed = original
+
+    def carry_out(self, index: int, step: Step) -> None:
+        """Do one step, or take up what it recorded when it was done before."""
+        state = StepFolder(self.folder, index, step.key)
+        result = state.result()
+        self.folder.event("step", key=step.key, done_before=result is not None)
+        if step.method.kind in CHANGING:
+            self.changes = (*self.changes, state.path)
+            self._compressed = ModelHandle(self.recipe.model, self.changes)
+        if result is None or step.method.kind == "calibrate":
+            with located(step), Stage(step.key) as stage:
+                result = self._work(step, state)
+            result["stage"] = stage.facts
+            if step.method.kind != "calibrate":
+                state.finish(result)
+            self.folder.event("step_done", key=step.key, **stage.facts)
+        self.stages.append(result["stage"])
+        self.metrics += result.get("metrics", [])
+        self.fallbacks += [f"{step.key}: {text}" for text in result.get("fallbacks", [])]
+        for linear in result.get("linears", []):
+            self.linears[linear["name"]] = {**self.linears.get(linear["name"], {}), **linear}
+        self.exports += result.get("exports", [])
+        for text in result.get("fallbacks", []):
+            self.progress.note(f"{step.key}: {text}")
+
+    def _work(self, step: Step, state: StepFolder) -> dict[str, Any]:
+        """One step's own work, by kind."""
+        method, options = step.method, step.options
+        if method.kind == "calibrate":
+            self.progress.stage(step.key, 1)
+            self.tokens = method.run(self.original, options, self.recipe.seed)
+            self.folder.record({"text": digest_tokens(self.tokens)})
+            self.progress.advance(f"{len(self.tokens)} windows of {self.tokens.shape[1]} tokens")
+            return {}
+        if method.scope == "training":
+            assert self.tokens is not None, "the recipe check asks for a calibrate step before distill"
+            return run_training(
+                self._compressed, self.original, method, options, self.tokens, self.recipe.seed, state, self.progress  # type: ignore[arg-type]
+            )
+        if method.kind in CHANGING:
+            return run_blockwise(self._compressed, method, options, self.tokens, state, self.progress)
+        if method.kind == "evaluate":
+            subjects = [("original", self.original)]
+            if self._compressed is not self.original:
+                subjects.append(("compressed", self._compressed))
+            self.progress.stage(step.key, len(subjects))
+            return {"metrics": [row for name, model in subjects for row in self._measure(step, name, model)]}
+        return {"exports": [self._export(step)]}
+
+    def _measure(self, step: Step, subject: str, model: ModelHandle) -> list[dict[str, Any]]:
+        found: list[Metric] = step.method.run(model, self.original, step.options, self.recipe.seed)
+        self.progress.advance(subject)
+        return [metric_row(metric, subject) for metric in found]
+
+    def _export(self, step: Step) -> dict[str, Any]:
+        name = step.key.split("/")[1]
+        self.progress.stage(step.key, 1)
+        artifact = write_export(self._compressed, step, self.folder.path / "exports" / name)
+        self.progress.advance(str(artifact.path))
+        return export_row(artifact, f"exports/{name}")
+
+    def evaluate_export(self, row: dict[str, Any]) -> None:
+        """Run every evaluate step on an export's own bytes, read back from disk."""
+        subject = f"export:{row['format']}"
+        path = self.folder.path / row["path"]
+        options = self.recipe.model.model_copy(update={"path": str(path), "revision": None})
+        for index, step in enumerate(self.recipe.steps):
+            if step.method.kind != "evaluate":
+                continue
+            state = StepFolder(self.folder, index, f"{step.key}@{row['format']}")
+            result = state.result()
+            if result is None:
+                self.progress.stage(f"{step.key} of {subject}", 1)
+                with located(step), Stage(f"{step.key} of {subject}") as stage:
+                    result = {"metrics": self._measure(step, subject, ModelHandle(options))}
+                result["stage"] = stage.facts
+                state.finish(result)
+            self.metrics += result["metrics"]
+            self.stages.append(result["stage"])
+
+    def finish(self) -> dict[str, Any]:
+        """Check the gates; write results.json and report.html."""
+        gates = check_gates(self.recipe.gates, self.metrics)
+        results = {
+            "schema": SCHEMA,
+            "status": "done" if all(gate["passed"] for gate in gates) else "gate-failed",
+            "digest": self.recipe.digest,
+            "metrics": self.metrics,
+            "model": {"path": self.recipe.model.path, **describe_model(self.original, self._compressed)},
+            "blocks": [{"scheme": None, **linear} for linear in self.linears.values()],
+            "stages": self.stages,
+            "exports": self.exports,
+            "gates": gates,
+            "fallbacks": self.fallbacks,
+            "versions": versions(),
+        }
+        write_text(self.folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+        write_report(self.folder.path / "report.html", results, self.recipe.to_yaml())
+        self.folder.event("finished", status=results["status"])
+        return results
+
+
+def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
+    """Export into a temporary folder, then give it its name: an interrupted export leaves nothing that looks finished."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        artifact: Artifact = step.method.run(model, temporary, step.options)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.replace(out)
+    except OSError as error:
+        raise QtoolError(f"{step.key}: cannot write {out}: {error.strerror}; free space or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact(artifact.format, out, artifact.bytes, artifact.lossless, artifact.sha256)
+
+
+def evaluate_target(target: str, steps: Sequence[Step], progress: Progress, device: str = "auto") -> dict[str, Any]:
+    """Measure a run's compressed model against its original, or a checkpoint alone."""
+    path = Path(target)
+    if (path / "state").is_dir():
+        recipe, changes = finished_run(path)
+        original = ModelHandle(recipe.model.model_copy(update={"device": device}))
+        subjects = [("original", original), ("compressed", ModelHandle(original.options, changes))]
+        seed = recipe.seed
+    else:
+        original = ModelHandle(ModelOptions(path=target, device=device))
+        subjects, seed = [("original", original)], 0
+    metrics = []
+    for step in steps:
+        progress.stage(step.key, len(subjects))
+        for name, model in subjects:
+            metrics += [metric_row(row, name) for row in step.method.run(model, original, step.options, seed)]
+            progress.advance(name)
+    return {"schema": SCHEMA, "metrics": metrics, "versions": versions()}
+
+
+def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Artifact:
+    """Write one more export of a finished run; key is `export/<format>` or the format alone."""
+    from qtool import registry
+
+    key = key if key.startswith("export/") else f"export/{key}"
+    valid = [name for name in registry.list_methods() if name.startswith("export/")]
+    if key not in valid:
+        raise QtoolError(f'--format: there is no "{key.removeprefix("export/")}"{nearest(key, valid)}')
+    recipe, changes = finished_run(run)
+    method = registry.load(key)
+    step = Step(key=key, method=method, options=method.options(), where="qtool export")
+    model = ModelHandle(recipe.model, changes)
+    check_step(step, model)
+    progress.stage(key, 1)
+    artifact = write_export(model, step, out or run / "exports" / key.removeprefix("export/"))
+    progress.advance(str(artifact.path))
+    return artifact
+
+
+def finished_run(run: Path) -> tuple[Recipe, tuple[Path, ...]]:
+    """The recipe of a run and the folders of its changes; raises QtoolError where a changing step is not done."""
+    if not (run / "recipe.yaml").is_file():
+        raise QtoolError(f"{run} is no run folder: it has no recipe.yaml; name the --out folder of a qtool run")
+    recipe = load(run / "recipe.yaml")
+    changes = []
+    for index, step in enumerate(recipe.steps):
+        if step.method.kind in CHANGING:
+            state = StepFolder(RunFolder(run), index, step.key)
+            if state.result() is None:
+                raise QtoolError(f"{run}: the step {step.key} is not finished; finish it with qtool run {run}/recipe.yaml --out {run}")
+            changes.append(state.path)
+    return recipe, tuple(changes)
+
+
+def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
+    """Parameters, and bytes before and after, counted in stored tensors."""
+    before = after = quantized_bytes = quantized_weights = 0
+    changed: dict[str, Any] = {}
+    for unit in [*(f"block_{index:03d}" for index in range(compressed.n_blocks)), "outer"]:
+        changed |= compressed.unit_changes(unit)
+    counted = original.stored_names()
+    for name, p in original.model.named_parameters():
+        if name not in counted:
+            continue
+        size = p.numel() * original.dtype.itemsize
+        before += size
+        value = changed.get(name)
+        if value is None or isinstance(value, Tensor):
+            after += size
+        else:
+            after += value[0].stored_bytes
+            quantized_bytes += value[0].stored_bytes
+            quantized_weights += value[0].codes.numel()
+    return {
+        "parameters": original.n_parameters(),
+        "bytes_original": before,
+        "bytes_compressed": after,
+        "bits_per_weight": 8 * quantized_bytes / quantized_weights if quantized_weights else 8 * original.dtype.itemsize,
+    }
+
+
+def digest_model(folder: Path) -> str:
+    """SHA-256 over config, and over size, first and last MiB of each weight file: enough to notice another model."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(set(find_files(folder).values())):
+        size = path.stat().st_size if path.exists() else 0
+        digest.update(f"{path.name} {size}".encode())
+        if size:
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+class Stage:
+    """Seconds and peak memory of what happens inside."""
+
+    def __init__(self, name: str) -> None:
+        self.facts: dict[str, Any] = {"name": name}
+
+    def __enter__(self) -> "Stage":
+        self._begun = time.perf_counter()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak that Linux keeps
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        self.facts |= {
+            "seconds": round(time.perf_counter() - self._begun, 3),
+            "peak_rss_gib": peak_rss_gib(),
+            "peak_gpu_gib": gpu,
+        }
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory since the last reset (Linux), or of the whole process (elsewhere), in GiB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
