@@ -1,12 +1,11 @@
-"""The strict pydantic base of every options model, the options that many share, and the choice of modules by name pattern."""
+"""The strict pydantic base of every options model, options that many share, and the choice of modules by pattern."""
 
 import fnmatch
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, model_validator
 
 from qtool.errors import QtoolError
 
@@ -31,7 +30,7 @@ class Shorthand(Options):
         return cls.expand(value) if isinstance(value, str) else value
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
@@ -40,7 +39,7 @@ class ModelOptions(Shorthand):
 
     path: str = Field(description="demo, a local folder, or a hub id")
     revision: str | None = Field(None, description="revision of a hub id")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as the checkpoint states")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: the checkpoint's")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -93,8 +92,10 @@ def require_matches(where: str, patterns: Iterable[str], names: list[str]) -> No
 
 def valid_values(options: type[BaseModel], field: str) -> str:
     """What a field of an options model takes, in words: `integer >= 1 or null`."""
-    schema = options.model_json_schema()
-    return _in_words(schema["properties"][field], schema.get("$defs", {}))
+    info = options.model_fields[field]
+    annotation: Any = Annotated[info.annotation, info]
+    schema = TypeAdapter(annotation).json_schema()
+    return _in_words(schema, schema.get("$defs", {}))
 
 
 def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
@@ -107,9 +108,10 @@ def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"a list of {_in_words(schema.get('items', {}), defs)}"
     if schema.get("type") == "object":
+        if "properties" in schema:
+            return f"a mapping of {', '.join(schema['properties'])}"
         inner = schema.get("additionalProperties")
-        each = f" to {_in_words(inner, defs)}" if isinstance(inner, dict) else ""
-        return f"a mapping of {', '.join(schema['properties'])}" if "properties" in schema else f"a mapping of names{each}"
+        return "a mapping of names" + (f" to {_in_words(inner, defs)}" if isinstance(inner, dict) else "")
     words = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[name]}" for name, sign in bounds.items() if name in schema]

@@ -30,13 +30,18 @@ class Method:
     run: Callable[..., Any]
     options: type[Options]
     scope: Scope
-    needs: Needs = "nothing"
+    needs: Needs | Callable[[Any], Needs] = "nothing"  # stated, or derived from the options
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
+    check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     key: str = ""
 
     @property
     def kind(self) -> str:
         return self.key.split("/")[0]
+
+    def needed(self, options: Options) -> Needs:
+        """The statistics that a run with these options takes."""
+        return self.needs(options) if callable(self.needs) else self.needs
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Packing: codes as one stream of bits in int32 words, lowest bits first, as compressed-tensors' pack-quantized lays them out.
+"""Packing: codes as one stream of bits in int32 words, lowest bits first, as compressed-tensors packs them.
 
 Code i of a row stands at bits i·b .. i·b + b - 1 of the row, across the border of two words where b does not divide 32;
 rows are padded with zeros to whole words.
     codes [out, in] in 0 .. 2^b - 1    words [out, ceil(in b / 32)] int32
-Source: compressed-tensors 0.18 and later; before, a word held floor(32 / b) codes, which is the same for 2, 4 and 8 bits.
+Source: pack-quantized of compressed-tensors 0.18 and later; before, a word held floor(32 / b) codes, the same for 2, 4
+and 8 bits.
 """
 
 import torch
@@ -34,7 +35,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
 def unpack_int32(words: Tensor, bits: int, columns: int) -> Tensor:
     """Unsigned codes [out, columns] int16 of words [out, ceil(columns b / 32)]."""
     rows = len(words)
-    assert words.shape[1] == n_words(columns, bits), f"{words.shape[1]} words do not hold {columns} codes of {bits} bits"
+    assert words.shape[1] == n_words(columns, bits), f"{words.shape[1]} words for {columns} codes of {bits} bits"
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
     parts = padded.reshape(-1, bits).T.contiguous()  # [b, periods]
     codes = torch.empty(PERIOD, parts.shape[1], dtype=torch.int16, device=words.device)

@@ -20,13 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint, find_files
-from qtool.model.compressed import read_compressed
+from qtool.model.compressed import read_compressed, read_scheme
 from qtool.model.linear import is_linear, shape_of
-from qtool.model.store import Changes, load_changes
+from qtool.model.store import Changes, load_changes, load_schemes
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -197,7 +198,7 @@ class ModelHandle:
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
             for name, module in list(root.named_modules()):
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and not (root is self.model and self._in_block(name)):
                     quantized = read_compressed(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
                         self._place_quantized(root, name, *quantized)
@@ -209,10 +210,26 @@ class ModelHandle:
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
-        for folder in reversed(self.changes):
-            if (folder / f"{unit}.safetensors").is_file():
-                return load_changes(folder / f"{unit}.safetensors")
-        return {}
+        path = self._changes_file(unit)
+        return {} if path is None else load_changes(path)
+
+    def schemes(self) -> dict[str, Scheme]:
+        """Full name: scheme, of every quantized linear; reads headers and scales alone."""
+        found: dict[str, Scheme] = {}
+        if self.quantization is not None:
+            for name in self.linear_names():
+                scheme = read_scheme(self.checkpoint, name, self.quantization)
+                if scheme is not None:
+                    found[name] = scheme
+        for unit in (*(f"block_{index:03d}" for index in range(self.n_blocks)), "outer"):
+            path = self._changes_file(unit)
+            if path is not None:
+                found |= {name.removesuffix(".weight"): scheme for name, scheme in load_schemes(path).items()}
+        return found
+
+    def _changes_file(self, unit: str) -> Path | None:
+        paths = [folder / f"{unit}.safetensors" for folder in reversed(self.changes)]
+        return next((path for path in paths if path.is_file()), None)
 
     def block(self, index: int) -> Block:
         """Load block `index`; `release(index)` lets it go."""

@@ -61,6 +61,13 @@ def save_changes(path: Path, changes: Changes) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
+def load_schemes(path: Path) -> dict[str, Scheme]:
+    """Weight: scheme of one block's quantized weights; reads the file's header alone."""
+    with open_file(path) as file:
+        facts = json.loads(file.metadata()["qtool"])
+    return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
+
+
 def load_changes(path: Path) -> Changes:
     """Read one block's changes; raises QtoolError where the file is broken."""
     with open_file(path) as file:

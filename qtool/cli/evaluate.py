@@ -1,0 +1,60 @@
+"""`qtool eval`: measure a finished run or any model, without changing it."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import Device, Json, Overrides
+from qtool.cli.progress import show_progress
+from qtool.cli.summary import print_metrics
+from qtool.errors import QtoolError
+from qtool.recipe import Step, load, parse
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="demo, a folder, a hub id, or a run's folder.")],
+    overrides: Overrides,
+    source: Annotated[str | None, typer.Option(help="Text for the perplexity: demo:test, a file, a data set.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows to take; all where not given.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    device: Device = None,
+    json_only: Json = False,
+) -> None:
+    """Measure a model, or a run's compressed model beside its original; a run brings its own evaluate steps."""
+    steps = choose_steps(target, source, length, samples, tasks, overrides)
+    with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
+        from qtool.pipeline.run import evaluate_target  # here, because it imports torch
+
+        results = evaluate_target(target, steps, progress, device or "auto")
+    if json_only:
+        print(json.dumps(results, indent=1))
+    else:
+        print_metrics(results["metrics"])
+
+
+def choose_steps(
+    target: str, source: str | None, length: int | None, samples: int | None, tasks: str | None, overrides: list[str]
+) -> list[Step]:
+    """The evaluate steps that the options ask for, else those of the run's recipe."""
+    if source is None and (length is not None or samples is not None):
+        raise QtoolError("--length and --samples say how to cut a text; name it with --source")
+    windows = {"source": source, "length": length, "samples": samples}
+    asked: list[dict[str, object]] = []
+    if source is not None:
+        asked.append({"evaluate/perplexity": {name: value for name, value in windows.items() if value is not None}})
+    if tasks is not None:
+        asked.append({"evaluate/lm_eval": {"tasks": [task.strip() for task in tasks.split(",")]}})
+    recipe = Path(target) / "recipe.yaml"
+    if asked:
+        return list(parse(json.dumps({"model": target, "pipeline": asked}), "qtool eval", overrides).steps)
+    if not recipe.is_file():
+        raise QtoolError(f"{target} is no run with steps of its own; say what to measure with --source or --tasks")
+    steps = [step for step in load(recipe, overrides).steps if step.method.kind == "evaluate"]
+    if not steps:
+        raise QtoolError(f"{recipe} has no evaluate step; say what to measure with --source or --tasks")
+    return steps

@@ -1,0 +1,41 @@
+"""`qtool run`: carry out a recipe, and go on where an interrupted run stopped."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import Device, Json, Overrides, RecipeArgument
+from qtool.cli.progress import show_progress
+from qtool.cli.summary import print_summary
+from qtool.recipe import load
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-RECIPE where not given.")] = None,
+    device: Device = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds of an earlier run.")] = False,
+    json_only: Json = False,
+) -> None:
+    """Carry out a recipe. The same command goes on where an interrupted run stopped."""
+    try:
+        loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
+        folder = out or Path("runs") / recipe.stem
+        with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
+            from qtool.pipeline.run import run_recipe  # here, because it imports torch
+
+            results = run_recipe(loaded, folder, progress, fresh=fresh)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json_only:
+        print(json.dumps(results, indent=1))
+    else:
+        print_summary(results, folder)
+    if results["status"] == "gate-failed":
+        raise typer.Exit(3)

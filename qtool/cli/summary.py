@@ -1,0 +1,61 @@
+"""What a run came to, as tables: metrics by subject, size, exports, gates, fallbacks."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qtool.cli.console import make_console
+
+Row = dict[str, Any]  # an entry of results.json
+
+
+def print_summary(results: Row, folder: Path) -> None:
+    """Everything a user wants to know at once; the rest is in results.json and report.html."""
+    console = make_console()
+    print_metrics(results["metrics"], console)
+    model = results["model"]
+    before, after = model["bytes_original"], model["bytes_compressed"]
+    console.print(
+        f"[bold]size[/bold]  {before / 2**20:,.1f} → {after / 2**20:,.1f} MiB ({before / after:.2f}×), "
+        f"{model['bits_per_weight']:.2f} bits per weight, {model['parameters'] / 1e6:,.1f} M parameters"
+    )
+    for export in results["exports"]:
+        kept = "" if export["lossless"] else ", not lossless"
+        path = escape(str(folder / export["path"]))
+        console.print(f"[bold]export[/bold]  {path}, {export['bytes'] / 2**20:,.1f} MiB{kept}")
+    for gate in results["gates"]:
+        said = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
+        what = f"{gate['metric']} {gate['limit']}, {gate['subject']} has {number(gate['value'])}"
+        console.print(f"[bold]gate[/bold]  {said}  {escape(what)}, allowed {number(gate['allowed'])}")
+    for text in results["fallbacks"]:
+        console.print(f"[yellow]fallback[/yellow]  {escape(text)}")
+    seconds = sum(stage["seconds"] for stage in results["stages"])
+    console.print(f"[bold]{results['status']}[/bold] in {seconds:.0f} s; {escape(str(folder / 'report.html'))}")
+
+
+def print_metrics(metrics: list[Row], console: Console | None = None) -> None:
+    """A table of subjects by metrics, each value with its standard error where it has one."""
+    names = list(dict.fromkeys((row["name"], row["dataset"]) for row in metrics))
+    subjects = list(dict.fromkeys(row["subject"] for row in metrics))
+    table = Table()
+    table.add_column("metric")
+    for subject in subjects:
+        table.add_column(subject, justify="right")
+    for name, dataset in names:
+        rows = {row["subject"]: row for row in metrics if (row["name"], row["dataset"]) == (name, dataset)}
+        unit = next(iter(rows.values()))["unit"]
+        cells = [value_with_error(rows[subject]) if subject in rows else "" for subject in subjects]
+        table.add_row(f"{escape(name)} [dim]{escape(unit)}, {escape(dataset)}[/dim]", *cells)
+    if names:
+        (console or make_console()).print(table)
+
+
+def value_with_error(row: Row) -> str:
+    return number(row["value"]) + ("" if row["stderr"] is None else f" ± {number(row['stderr'])}")
+
+
+def number(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,66 @@
+"""Range search: the shrunken range of each group whose rounding costs least.
+
+    range(a) = a [min w, max w],  a from 1 down to 0.4      keep the a of least  cost(w - w^(a)),  per row and group
+    cost: sum_j |e_j|^2.4            plain, GPTQ's own option
+          sum_j d_j e_j^2            d_j the curvature of column j
+          eᵀ H_gg e                  H_gg the group's block of H: the mean squared error of its part of the output
+Source: Frantar et al. 2022, arXiv:2210.17323 (the plain search of its code); Lin et al. 2023, arXiv:2306.00978, the clip
+search of its code. Differs: the third cost is AWQ's in closed form, over every token instead of a sample of them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qtool.formats.integer import IntegerGrid, Params
+
+Cost = Callable[[Tensor], Tensor]  # errors [out, groups, group] to costs [out, groups, 1]
+STEPS = 40
+SMALLEST = 0.4
+CHUNK = 1 << 16  # weights searched at once, so that they stay in a core's cache
+
+
+def search_range(w: Tensor, grid: IntegerGrid, cost: Cost) -> Params:
+    """Params [out, groups, 1] of w [out, groups, group]; never worse by `cost` than the full range."""
+    rows = max(1, CHUNK // w[0].numel())
+    parts = [_search(chunk, grid, cost) for chunk in w.split(rows)]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Params(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+
+
+def plain_cost(error: Tensor) -> Tensor:
+    """Costs [out, groups, 1]: sum of |error|^2.4."""
+    return error.abs().pow_(2.4).sum(-1, keepdim=True)
+
+
+def weighted_cost(weights: Tensor) -> Cost:
+    """Squared errors weighted per column; weights [groups, group]."""
+    return lambda error: torch.linalg.vecdot(error * error, weights).unsqueeze(-1)
+
+
+def output_cost(blocks: Tensor) -> Cost:
+    """Mean squared error of each group's part of the output; blocks [groups, group, group] of the Hessian's diagonal."""
+    return lambda error: ((error.transpose(0, 1) @ blocks).transpose(0, 1) * error).sum(-1, keepdim=True)
+
+
+def diagonal_blocks(H: Tensor, group: int) -> Tensor:
+    """Blocks [groups, group, group] along the diagonal of H [in, in]."""
+    tiles = H.view(len(H) // group, group, len(H) // group, group)  # [groups, group, groups, group]
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _search(w: Tensor, grid: IntegerGrid, cost: Cost) -> Params:
+    minimum, maximum = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [out, groups, 1]
+    best = grid.fit_range(minimum, maximum)
+    least = cost(grid.snap(w, best) - w)  # [out, groups, 1]
+    for step in range(1, STEPS + 1):
+        shrink = 1 - (1 - SMALLEST) * step / STEPS
+        params = grid.fit_range(shrink * minimum, shrink * maximum)
+        costs = cost(grid.snap(w, params) - w)  # [out, groups, 1]
+        better = costs < least
+        least = torch.where(better, costs, least)
+        scale = torch.where(better, params.scale, best.scale)
+        zero = None if params.zero is None or best.zero is None else torch.where(better, params.zero, best.zero)
+        best = Params(scale, zero)
+    return best

@@ -1,0 +1,60 @@
+"""Mean KL divergence of a model's next-token distribution from the original's, and how often their first choices agree.
+
+KL(p ‖ q) = sum over v of p_v (log p_v - log q_v)    p, q [vocab], of the original and the model after the same tokens
+Over the length - 1 positions of every window that perplexity scores too. Zero only where nothing changed; it sees
+damage that perplexity averages away, needs no labels, and varies less from text to text. Log-softmax in float32,
+means in float64, standard errors over windows.
+Source: Kullback and Leibler 1951, doi:10.1214/aoms/1177729694
+"""
+
+import contextlib
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtool.artifact import Metric
+from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.model.handle import ModelHandle
+from qtool.registry import Method
+
+
+class KlOptions(TextOptions):
+    """The text and its windows, in file order."""
+
+    shuffle: bool = Field(False, description="take documents in a seeded random order")
+
+
+@torch.no_grad()
+def kl_divergence(model: ModelHandle, reference: ModelHandle, options: KlOptions, seed: int) -> list[Metric]:
+    """KL from the original in nats a token, and top-1 agreement; exactly 0 and 1 for the original itself."""
+    tokens = read_tokens(options, model.tokenizer, seed)  # [samples, length]
+    hidden, original = model.final_hidden(tokens), reference.final_hidden(tokens)  # [samples, length, hidden]
+    divergences, agreements = [], []
+    with contextlib.ExitStack() as stack:
+        for handle in {model, reference}:
+            stack.enter_context(handle.outer())
+        for sample, original_sample in zip(hidden.split(1), original.split(1), strict=True):  # one window at a time
+            q = model.logits(sample)[0, :-1].float().log_softmax(-1)  # [length - 1, vocab]
+            p = reference.logits(original_sample)[0, :-1].float().log_softmax(-1).to(q.device)  # [length - 1, vocab]
+            divergences.append((p.exp() * (p - q)).sum(-1).double().mean())
+            agreements.append((p.argmax(-1) == q.argmax(-1)).double().mean())
+    return [
+        metric("kl_divergence", options.source, torch.stack(divergences), "nats/token"),
+        metric("top1_agreement", options.source, torch.stack(agreements), "fraction"),
+    ]
+
+
+def metric(name: str, dataset: str, values: Tensor, unit: str) -> Metric:
+    """The mean over windows [samples] with its standard error."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Metric(name, dataset, float(values.mean()), unit, error)
+
+
+def check_text(model: ModelHandle, options: KlOptions) -> None:
+    """Raise QtoolError for a text that is missing or too short, before any work."""
+    read_tokens(options, model.tokenizer, 0)
+
+
+METHOD = Method(run=kl_divergence, options=KlOptions, scope="model", check=check_text)

@@ -1,0 +1,148 @@
+"""A compressed-tensors checkpoint: packed integer weights that transformers, vLLM and llm-compressor read.
+
+Weights alone are written pack-quantized, weights of 2 to 8 bits with quantized activations int-quantized (one byte a
+code); the layouts stand in qtool/model/compressed.py. The linears of one scheme are one group in config.json's
+quantization_config, named one by one, so that nothing hangs on patterns; linears left dense are listed under `ignore`.
+Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.formats.packing import pack_int32
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import QuantizedTensor, to_groups
+from qtool.layers.experts import Experts
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.writer import write_checkpoint
+from qtool.options import Options
+from qtool.registry import Method
+
+
+class CompressedTensorsOptions(Options):
+    """The format leaves nothing to choose."""
+
+
+def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensorsOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
+    schemes = model.schemes()
+    check(model, schemes)
+    is_lossless = True
+
+    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+        nonlocal is_lossless
+        is_lossless &= torch.equal(decode(layer.qt, model.dtype), layer.weight_values(model.dtype))
+        parts = pack(layer.qt) if layer.activations is None else as_bytes(layer.qt)
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    return describe_folder("compressed_tensors", out, is_lossless)
+
+
+def check(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where a quantized linear does not fit the format."""
+    where = "export/compressed_tensors"
+    if not schemes:
+        raise QtoolError(f"{where}: no linear is quantized; put a quantize step before it, or use export/safetensors")
+    experts = tuple(f"{name}." for name, module in model.model.named_modules() if isinstance(module, Experts))
+    for name, scheme in schemes.items():
+        kind = type(model.model.get_submodule(name))
+        if name.startswith(experts):
+            raise QtoolError(f"{where}: {name}: experts are held dense; ignore *.experts.* or use export/safetensors")
+        if kind is not nn.Linear:
+            raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+        if scheme.kv is not None:
+            raise QtoolError(f"{where}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
+
+
+def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """config.json's quantization_config: one group for each scheme, its linears by name."""
+    targets: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        targets.setdefault(scheme, []).append(name)
+    groups = {f"group_{number}": group_config(scheme, names) for number, (scheme, names) in enumerate(targets.items())}
+    formats = {group["format"] for group in groups.values()}
+    linears = [name for name, module in model.model.named_modules() if type(module) is nn.Linear]
+    experts = tuple(f"{name}." for name, module in model.model.named_modules() if isinstance(module, Experts))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [name for name in linears if name not in schemes and not name.startswith(experts)],
+    }
+
+
+def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """One config group: what the linears named in `targets` are stored as."""
+    weights, activations = scheme.weights, scheme.activations
+    return {
+        "format": "pack-quantized" if activations is None else "int-quantized",
+        "targets": targets,
+        "weights": {
+            "num_bits": weights.bits,
+            "type": "int",
+            "symmetric": weights.symmetric,
+            "strategy": "channel" if weights.group is None else "group",
+            "group_size": weights.group,
+            "dynamic": False,
+        },
+        "input_activations": activations
+        and {
+            "num_bits": activations.bits,
+            "type": "int",
+            "symmetric": activations.symmetric,
+            "strategy": "token",
+            "dynamic": True,
+        },
+        "output_activations": None,
+    }
+
+
+def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of one linear, pack-quantized."""
+    parts = {
+        "weight_packed": quantized.packed(),  # [out, words]
+        "weight_scale": quantized.scale,  # [out, groups]
+        "weight_shape": torch.tensor(quantized.shape),  # [2]
+    }
+    if quantized.zero is not None:
+        parts["weight_zero_point"] = pack_int32(quantized.zero.T, quantized.scheme.bits).T  # [words of out, groups]
+    return parts
+
+
+def as_bytes(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of one linear, int-quantized: codes and zero points shifted to signed where they are not."""
+    shift = 0 if quantized.zero is None else 1 << (quantized.scheme.bits - 1)
+    parts = {
+        "weight": (quantized.codes.to(torch.int16) - shift).to(torch.int8),  # [out, in]
+        "weight_scale": quantized.scale,  # [out, groups]
+    }
+    if quantized.zero is not None:
+        parts["weight_zero_point"] = (quantized.zero.to(torch.int16) - shift).to(torch.int8)  # [out, groups]
+    return parts
+
+
+def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Weights [out, in] as the format's readers decode them: they hold scales, and multiply, in the model's dtype."""
+    grouped = to_groups(quantized.codes.to(torch.int16), quantized.scheme.group)  # [out, groups, group]
+    if quantized.zero is not None:
+        grouped = grouped - quantized.zero.unsqueeze(-1)
+    return (grouped.to(dtype) * quantized.scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+
+def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
+    """Raise QtoolError, before any work, for a model none of whose blocks' linears the format can hold."""
+    inside = [module for name, module in model.model.named_modules() if name.startswith(f"{model.blocks_name}.")]
+    if not any(type(module) is nn.Linear for module in inside):
+        kinds = ", ".join(sorted({type(model.model.get_submodule(name)).__name__ for name in model.linear_names()}))
+        raise QtoolError(f"export/compressed_tensors: the blocks hold {kinds}, not nn.Linear; use export/safetensors")
+
+
+METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model)

@@ -1,0 +1,34 @@
+"""A dense checkpoint: quantized weights decoded, sparse ones with their zeros, for whatever loads transformers models.
+
+W^ [out, in] = decode(codes), rounded once to the model's dtype, just as the compressed model computes with them.
+Layout and names are those that transformers' save_pretrained writes; no trace of qtool is left.
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from pathlib import Path
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.model.handle import ModelHandle
+from qtool.model.writer import write_checkpoint
+from qtool.options import Options
+from qtool.registry import Method
+
+
+class SafetensorsOptions(Options):
+    """The format leaves nothing to choose."""
+
+
+def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError where more than weights is quantized."""
+    for name, scheme in model.schemes().items():
+        if scheme.activations is not None or scheme.kv is not None:
+            raise QtoolError(
+                f"export/safetensors: {name} is quantized to {scheme}, but a dense checkpoint holds weights alone; "
+                "quantize weights only (such as w8a16), or use export/compressed_tensors"
+            )
+    write_checkpoint(model, out)
+    return describe_folder("safetensors", out, lossless=True)
+
+
+METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model")

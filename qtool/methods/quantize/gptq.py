@@ -1,0 +1,111 @@
+"""GPTQ: quantize columns in turn, spreading each column's error over those not yet done.
+
+Minimize tr((W - Q) H (W - Q)ᵀ) over grid points Q, column c by column c:
+    q_c = nearest grid point of w_c      e_c = (w_c - q_c) / U_cc      w_j -= e_c U_cj  for every later column j
+    W, Q [out, in]    H [in, in] mean of x xᵀ    U [in, in] upper, UᵀU = (H + damp·mean(diag H)·I)⁻¹
+Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: within a lazy block a column gathers the errors of those
+before it when its turn comes, one matrix-vector product, instead of each error being spread at once; ranges are searched
+with the weights 1 / U_jj², the curvature of column j while later ones can still make up for it.
+Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.integer import Params
+from qtool.formats.scheme import SchemeSelection, WeightScheme
+from qtool.formats.tensor import QuantizedTensor, assemble, to_groups
+from qtool.linalg.hessian import inverse_factor
+from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
+from qtool.registry import Method
+
+BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
+Order = Literal["none", "static", "group"]
+
+
+class GptqOptions(SchemeSelection):
+    """Options of GPTQ."""
+
+    damp: float = Field(0.01, gt=0, le=1, description="share of the mean of diag H added to it; raised where it is too little")
+    act_order: Order = Field(
+        "static",
+        description="order of the columns: none, as they stand; static, by falling diag H with all ranges fitted beforehand; "
+        "group, group by group, by falling diag H among and within groups",
+    )
+    range: Literal["minmax", "mse", "hessian"] = Field(
+        "hessian", description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error"
+    )
+    true_sequential: bool = Field(False, description="observe each group of linears anew once those before it are quantized")
+
+
+def gptq(
+    W: Tensor, stats: LayerStats, scheme: WeightScheme, options: GptqOptions, note: Callable[[str], None]
+) -> QuantizedTensor:
+    """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups or H is not finite."""
+    if stats.n_tokens == 0:
+        note("no calibration token reached it; rounded to nearest")  # its H is zero, U is the identity
+    H = stats.hessian()  # [in, in]
+    grouped = to_groups(W, scheme.group)  # [out, groups, group]
+    n_out, n_groups, group = grouped.shape
+    order = order_columns(H.diagonal(), group, options.act_order)  # [in]
+    U = inverse_factor(H[order][:, order], options.damp, note)  # [in, in]
+    curvature = U.diagonal() ** -2  # [in], in turn
+
+    is_fitted = options.act_order == "static" or n_groups == 1
+    block = BLOCK if is_fitted else group
+    scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
+    if is_fitted:
+        fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), scheme, options)
+
+    rest = W.T[order]  # [in, out], in turn; a column of W is contiguous
+    codes = torch.empty_like(rest)  # [in, out], as W stands
+    columns = order.tolist()
+    for start in range(0, len(columns), block):
+        stop = min(start + block, len(columns))
+        if not is_fitted:
+            g = columns[start] // group
+            now = rest[start:stop].T.unsqueeze(1)  # [out, 1, group]
+            fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], scheme, options)
+        E = rest.new_empty(stop - start, n_out)  # [block, out]
+        spread = U[start:stop, start:stop].T.contiguous()  # [block, block], row i holds U_ji of the columns j before i
+        for i, pivot in enumerate(spread.diagonal().tolist()):
+            g = columns[start + i] // group
+            params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
+            w = torch.addmv(rest[start + i], E[:i].T, spread[i, :i], alpha=-1)  # [out]
+            q = scheme.grid.encode(w, params)  # [out]
+            codes[columns[start + i]] = q
+            torch.sub(w, scheme.grid.decode(q, params), out=E[i]).div_(pivot)
+        rest[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)  # [in left, out]
+    params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
+    return assemble(codes.T.contiguous(), params, scheme)
+
+
+def order_columns(importance: Tensor, group: int, act_order: Order) -> Tensor:
+    """The columns [in] in the order of their turns; importance [in] is diag H."""
+    if act_order == "none":
+        return torch.arange(len(importance), device=importance.device)
+    if act_order == "static":
+        return importance.argsort(descending=True, stable=True)
+    within = importance.view(-1, group)  # [groups, group]
+    groups = within.sum(1).argsort(descending=True, stable=True)  # [groups]
+    inner = within[groups].argsort(dim=1, descending=True, stable=True)  # [groups, group]
+    return (groups.unsqueeze(1) * group + inner).flatten()
+
+
+def fit(scale: Tensor, zero: Tensor, w: Tensor, weights: Tensor, scheme: WeightScheme, options: GptqOptions) -> None:
+    """Fill scale and zero [groups, out] with the params of w [out, groups, group]; weights [groups, group]."""
+    if options.range == "minmax":
+        params = scheme.grid.fit(w)
+    else:
+        params = search_range(w, scheme.grid, plain_cost if options.range == "mse" else weighted_cost(weights))
+    scale.copy_(params.scale.squeeze(-1).T)
+    if params.zero is not None:
+        zero.copy_(params.zero.squeeze(-1).T)
+
+
+METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs="hessian", rowwise=True)

@@ -1,0 +1,59 @@
+"""Rounding to nearest: each weight to the closest level of its group's grid.
+
+    Q = decode(encode(W)),   range of each group: all of it, or the shrunken range of least cost (see linalg/ranges.py)
+    W, Q [out, in]    H [in, in] mean of x xᵀ, needed only where the range is searched by what inputs see
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; range `output`: Lin et al. 2023, arXiv:2306.00978, clip search.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.scheme import SchemeSelection, WeightScheme
+from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
+from qtool.linalg.ranges import Cost, diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
+from qtool.registry import Method, Needs
+
+
+class RtnOptions(SchemeSelection):
+    """Options of rounding to nearest."""
+
+    range: Literal["minmax", "mse", "hessian", "output"] = Field(
+        "minmax",
+        description="a group's range: minmax, all of it; mse, of least error; hessian, of least error weighted by diag H; "
+        "output, of least error in the group's part of the output (AWQ's clip search)",
+    )
+
+
+def rtn(
+    W: Tensor, stats: LayerStats | None, scheme: WeightScheme, options: RtnOptions, note: Callable[[str], None]
+) -> QuantizedTensor:
+    """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups."""
+    if options.range == "minmax":
+        return quantize(W, scheme)
+    grouped = to_groups(W, scheme.group)  # [out, groups, group]
+    return quantize(W, scheme, search_range(grouped, scheme.grid, _cost(grouped.shape[-1], stats, options, note)))
+
+
+def _cost(group: int, stats: LayerStats | None, options: RtnOptions, note: Callable[[str], None]) -> Cost:
+    if options.range == "mse":
+        return plain_cost
+    assert stats is not None, "rtn with data-driven ranges runs on statistics"
+    if stats.n_tokens == 0:
+        note("no calibration token reached it; its ranges are searched by plain error")
+        return plain_cost
+    H = stats.hessian()  # [in, in]
+    if options.range == "hessian":
+        return weighted_cost(H.diagonal().reshape(-1, group))
+    return output_cost(diagonal_blocks(H, group))
+
+
+def needs(options: RtnOptions) -> Needs:
+    """A Hessian only where the range depends on what inputs see."""
+    return "hessian" if options.range in ("hessian", "output") else "nothing"
+
+
+METHOD = Method(run=rtn, options=RtnOptions, scope="linear", needs=needs, rowwise=True)

@@ -1,0 +1,178 @@
+"""Writes a checkpoint folder that plain transformers loads, with one decoder block in memory at a time.
+
+A safetensors file: header's length (8 bytes), header {name: dtype, shape, offsets} as JSON, tensors' bytes.
+Names are those of the model's original checkpoints: transformers' own conversions, taken backwards.
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+Why not safetensors' save_file: it wants every tensor of a file at once. Here a block's tensors go to disk and are
+forgotten; the header, known at the end, comes before them by one copy of the file.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from qtool.errors import QtoolError
+from qtool.layers.experts import Experts
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.store import write_atomically, write_text
+
+SHARD_BYTES = 4 * 10**9
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
+
+Encode = Callable[[str, QuantLinear], dict[str, Tensor]]
+
+
+class ShardWriter:
+    """Safetensors files of at most `shard_bytes` (one `add` is never split); `close` gives them their names."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._data = folder / "tensors.tmp"
+        self._header: dict[str, dict[str, object]] = {}
+        self._size = 0
+        self._shards: list[tuple[Path, list[str], int]] = []
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Append tensors; raises QtoolError where the disk refuses."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._size and self._size + size > self._shard_bytes:
+            self._finish_shard()
+        try:
+            with self._data.open("ab") as file:
+                # Wide elements first, so that tensors stay aligned to their elements.
+                for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+                    offsets = [self._size, self._size + tensor.nbytes]
+                    self._header[name] = {
+                        "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
+                    }  # fmt: skip
+                    self._size += tensor.nbytes
+                    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise QtoolError(f"{self._folder}: cannot write: {error}; free space or choose another --out") from error
+
+    def close(self) -> None:
+        """Finish the last file; one file is model.safetensors, several have an index."""
+        self._finish_shard()
+        count = len(self._shards)
+        if count == 1:
+            self._shards[0][0].replace(self._folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, (path, names, _) in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            path.replace(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": sum(size for _, _, size in self._shards)}, "weight_map": weight_map}
+        write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+    def _finish_shard(self) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        path = self._folder / f"shard-{len(self._shards)}.safetensors"
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as out, self._data.open("rb") as data:
+                out.write(len(header).to_bytes(8, "little") + header)
+                shutil.copyfileobj(data, out, 1 << 20)
+
+        write_atomically(path, write)
+        self._data.unlink()
+        self._shards.append((path, list(self._header), self._size))
+        self._header, self._size = {}, 0
+
+
+def write_checkpoint(
+    model: ModelHandle,
+    out: Path,
+    encode: Encode | None = None,
+    quantization: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Stream the model with its changes into `out`.
+
+    `encode` gives the tensors of a quantized linear of some full name; without it, they are decoded to dense ones.
+    `quantization` becomes config.json's quantization_config. Raises QtoolError where the disk refuses.
+    """
+    encode = encode or _decoder(model)
+    writer = ShardWriter(out, shard_bytes)
+    with model.outer():
+        writer.add(_named_as_stored(model, _tensors(model, model.model, "", encode)))
+    for block in model.blocks():
+        writer.add(_named_as_stored(model, _tensors(model, block.module, f"{block.name}.", encode)))
+    writer.close()
+    for path in sorted(model.folder.iterdir()):
+        if path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _named_as_stored(model: ModelHandle, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+    return renamed
+
+
+def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode) -> dict[str, Tensor]:
+    """Every tensor under root by transformers' names, a tied one once; decoder blocks inside root are left out."""
+    persistent = set(root.state_dict())
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+
+    def collect(module: nn.Module, name: str) -> None:
+        full = prefix + name
+        if full == f"{model.blocks_name}.":
+            return
+        if isinstance(module, QuantLinear):
+            found.update(encode(full.removesuffix("."), module))
+            if module.bias is not None:
+                found[f"{full}bias"] = module.bias
+            return
+        if isinstance(module, Experts):
+            for side, linears in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+                weights = [_dense(linear, model.dtype) for linear in linears]
+                found[full + side] = torch.stack(weights)  # [experts, out, in]
+            return
+        for local, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if name + local in persistent and id(tensor) not in taken:
+                taken.add(id(tensor))
+                found[full + local] = tensor
+        for local, child in module.named_children():
+            collect(child, f"{name}{local}.")
+
+    collect(root, "")
+    return found
+
+
+def _decoder(model: ModelHandle) -> Encode:
+    transposed = {name for name, module in model.model.named_modules() if isinstance(module, Conv1D)}
+
+    def decode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+        W = layer.weight_values(model.dtype)  # [out, in]
+        return {f"{name}.weight": W.T if name in transposed else W}
+
+    return decode
+
+
+def _dense(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    if isinstance(linear, QuantLinear):
+        return linear.weight_values(dtype)
+    assert isinstance(linear, nn.Linear)
+    return linear.weight

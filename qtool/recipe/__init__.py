@@ -1,0 +1,283 @@
+"""Recipe: one strict YAML file for a whole run, read with every problem found at once, each with its file and line.
+
+    model: demo | {path, revision, dtype, device, ...}      seed: 0
+    pipeline: [kind/method: {options}, ...]                 gates: {metric: {max, min, max_increase, max_drop}}
+`extends: other.yaml` (relative to the file) starts from another recipe, and this file wins:
+  - under `model` and `gates`, key by key; a model written as one word replaces the other's wholly;
+  - in `pipeline`, a step that the other has too changes that step's options, option by option; a new step comes right
+    after the step above it in this file, or at the end where it is the first.
+Overrides `a.b=value` come last: `model.device=cpu`, `pipeline.quantize/gptq.damp=0.1`, `pipeline.2.alpha=0.7` (steps
+counted from 1), `gates.perplexity={max: 8}`; the value is YAML.
+Why YAML's node tree instead of plain values: nodes carry lines, through `extends` and overrides, up to the message.
+"""
+
+import hashlib
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
+from pydantic.json_schema import models_json_schema
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from qtool import registry
+from qtool.errors import QtoolError, RecipeError, nearest
+from qtool.options import ModelOptions, Options, valid_values
+from qtool.recipe.tree import (
+    MAP,
+    Problem,
+    Problems,
+    compose,
+    find,
+    is_null,
+    nearest_mark,
+    override,
+    place,
+    read,
+    step_key,
+    value_of,
+)
+
+Checked = TypeVar("Checked", bound=Options)
+ALWAYS_FED = ("transform", "distill")  # kinds that see text whatever statistics they need
+
+
+def _read_limit(value: object) -> float | str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        return value
+    raise ValueError("must be a number, or a percentage of the original's value such as 5%")
+
+
+Limit = Annotated[float | str, PlainValidator(_read_limit, json_schema_input_type=float | str)]
+
+
+class Limits(Options):
+    """What a metric of the compressed model and of every export must keep to; changes are against the original."""
+
+    max: float | None = Field(None, description="largest value")
+    min: float | None = Field(None, description="smallest value")
+    max_increase: Limit | None = Field(None, description="largest rise above the original; 5% is relative to it")
+    max_drop: Limit | None = Field(None, description="largest fall below the original; 5% is relative to it")
+
+    @model_validator(mode="after")
+    def _state_one(self) -> "Limits":
+        if not self.model_dump(exclude_none=True):
+            raise ValueError(f"states no limit; valid: {', '.join(type(self).model_fields)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What one metric must keep to: `limits` holds those stated, a number or a percentage such as "5%"."""
+
+    metric: str
+    limits: dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of the pipeline; `where` is its file and line."""
+
+    key: str
+    method: registry.Method
+    options: Options
+    where: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run, checked; nothing in it is still to be looked up."""
+
+    model: ModelOptions
+    seed: int
+    steps: tuple[Step, ...]
+    gates: tuple[Gate, ...]
+    source: Path | None
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain values, every default spelled out; loads to the same digest."""
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "seed": self.seed,
+            "pipeline": [{step.key: step.options.model_dump(mode="json")} for step in self.steps],
+            "gates": {gate.metric: dict(gate.limits) for gate in self.gates},
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved content; the order of keys counts, because the first matching pattern wins."""
+        return hashlib.sha256(json.dumps(self.resolved()).encode()).hexdigest()
+
+
+class _Document(Options):
+    """The top level of the file; the pipeline's entries are checked by their methods' own options."""
+
+    model: ModelOptions = Field(description="demo, a local folder, a hub id, or a mapping with path")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is random")
+    pipeline: list[object] = Field(min_length=1, description="steps in order, each kind/method: options")
+    gates: dict[str, Limits] = Field({}, description="metric: limits; a broken limit fails the run")
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and what it extends; raises one RecipeError that lists every problem."""
+    problems: Problems = []
+    root = read(Path(path), (), problems)
+    return _build(root, overrides, Path(path), problems)
+
+
+def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe that is no file; messages call it `name`."""
+    problems: Problems = []
+    root = compose(text, name, problems)
+    return _build(root, overrides, None, problems)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, with the options of every method that is installed."""
+    listed = registry.list_methods()
+    methods = {key: registry.load(key) for key in listed}
+    models: dict[str, type[Options]] = {"": _Document, **{key: method.options for key, method in methods.items()}}
+    template = "#/$defs/{model}"
+    unique = list(dict.fromkeys(models.values()))
+    refs, defs = models_json_schema([(model, "validation") for model in unique], ref_template=template)
+    document: dict[str, Any] = defs["$defs"].pop(refs[_Document, "validation"]["$ref"].rsplit("/", 1)[-1])
+    null = {"type": "null"}
+    steps = {
+        key: {"anyOf": [refs[methods[key].options, "validation"], null], "description": info.summary}
+        for key, info in listed.items()
+    }
+    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False, "properties": steps}
+    document["properties"]["pipeline"]["items"] = one
+    document["properties"]["extends"] = {"type": "string", "description": "recipe to start from, relative to this file"}
+    document["anyOf"] = [{"required": document.pop("required")}, {"required": ["extends"]}]
+    document["title"], document["description"] = "qtool recipe", "One file for a whole run."
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document, "$defs": defs["$defs"]}
+
+
+def _build(root: MappingNode | None, overrides: Sequence[str], source: Path | None, problems: Problems) -> Recipe:
+    if root is None:
+        raise _error(problems)
+    for text in overrides:
+        override(root, text, problems)
+    document = _check(_Document, root, root.start_mark, "", problems)
+    index = find(root, "pipeline")
+    pipeline = None if index is None else root.value[index][1]
+    steps = _check_steps(pipeline.value, problems) if isinstance(pipeline, SequenceNode) else []
+    gates_at = find(root, "gates")
+    if gates_at is not None and document is not None and document.gates and isinstance(pipeline, SequenceNode):
+        if not any((step_key(item) or "").startswith("evaluate/") for item in pipeline.value):
+            problems.append((root.value[gates_at][0].start_mark, "gates need an evaluate step; the pipeline has none"))
+    if problems or document is None:
+        raise _error(problems)
+    gates = tuple(Gate(metric, limits.model_dump(exclude_none=True)) for metric, limits in document.gates.items())
+    return Recipe(document.model, document.seed, tuple(steps), gates, source)
+
+
+def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
+    """Every step with its method and options; what is wrong with one does not hide what is wrong with the next."""
+    steps: list[Step] = []
+    calibrated: str | None = None
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, MappingNode) or len(item.value) != 1:
+            hint = f'"{item.value}: {{}}"' if isinstance(item, ScalarNode) else "one kind/method: {options}"
+            problems.append((item.start_mark, f"step {number} must be {hint}, with a dash of its own"))
+            continue
+        key, value = item.value[0]
+        try:
+            method = registry.load(key.value)
+        except QtoolError as error:
+            problems.append((key.start_mark, str(error)))
+            if key.value.startswith("calibrate/"):  # a mistyped name is one problem, not one per step after it
+                calibrated = place(key.start_mark)
+            continue
+        if method.kind == "calibrate":
+            if calibrated is not None:
+                problems.append((key.start_mark, f"{method.key}: {calibrated} calibrates already; one step serves all"))
+            calibrated = calibrated or place(key.start_mark)
+        if is_null(value):
+            value = MappingNode(MAP, [], key.start_mark, key.end_mark)
+        options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
+        needs_text = method.kind in ALWAYS_FED or (options is not None and method.needed(options) != "nothing")
+        if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
+            problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))
+        if options is None:
+            continue
+        problems.extend(_find_cache_schemes(options, value, method.key))
+        steps.append(Step(method.key, method, options, place(key.start_mark)))
+    return steps
+
+
+def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Problem]:
+    """Schemes that ask for a quantized key/value cache, which no step makes."""
+    from qtool.formats.scheme import Scheme  # here, because it imports torch, and by now the methods have
+
+    for name in type(options).model_fields:
+        value = getattr(options, name)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(part, Scheme) and part.kv is not None:
+                text = f"{key}: {name}: {part}: no step quantizes the key/value cache; leave kv{part.kv.bits} away"
+                yield nearest_mark(node, (name,), node.start_mark), text
+
+
+def _check(model: type[Checked], node: Node, at: yaml.Mark, prefix: str, problems: Problems) -> Checked | None:
+    """The validated options of a node; None, with every fault reported, where they are not valid."""
+    try:
+        return model.model_validate(value_of(node))
+    except ValidationError as error:
+        problems.extend(_explain(model, fault, node, at, prefix) for fault in error.errors(include_url=False))
+        return None
+
+
+def _explain(model: type[Options], fault: Mapping[str, Any], node: Node, at: yaml.Mark, prefix: str) -> Problem:
+    """One of pydantic's faults as place and advice."""
+    loc: tuple[int | str, ...] = fault["loc"]
+    mark = nearest_mark(node, loc, at)
+    path = ".".join(map(str, loc))
+    if fault["type"] in ("extra_forbidden", "missing"):
+        _, _, inner = _owner(model, loc[:-1])
+        inside = ".".join(map(str, loc[:-1]))
+        prefix += f"{inside}: " if inside else ""
+        if fault["type"] == "missing":
+            field = inner.model_fields[str(loc[-1])]
+            return mark, f"{prefix}{loc[-1]} is missing: {field.description or valid_values(inner, str(loc[-1]))}"
+        return mark, f'{prefix}there is no "{loc[-1]}"{nearest(str(loc[-1]), inner.model_fields)}'
+    if fault["type"] == "value_error":
+        return mark, f"{prefix}{path}: {fault['ctx']['error']}" if path else f"{prefix}{fault['ctx']['error']}"
+    owner, name, _ = _owner(model, loc)
+    given = textwrap.shorten(json.dumps(fault["input"], default=str), 60, placeholder=" ...")
+    if name is None:
+        return mark, f"{prefix}is {given}; must be a mapping of {', '.join(model.model_fields)}"
+    return mark, f"{prefix}{path} is {given}; valid: {valid_values(owner, name)}"
+
+
+def _owner(model: type[Options], loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str | None, type[BaseModel]]:
+    """The options model and field that a location ends in, and the model inside that field, or else around it."""
+    owner: type[BaseModel] = model
+    inner: type[BaseModel] = model
+    name = None
+    for part in loc:
+        if part in inner.model_fields:
+            owner, name = inner, str(part)
+            inner = _model_in(inner.model_fields[name].annotation) or inner
+    return owner, name, inner
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_model_in, get_args(annotation)) if found), None)
+
+
+def _error(problems: Problems) -> RecipeError:
+    ordered = sorted(problems, key=lambda problem: (problem[0].name, problem[0].line))
+    return RecipeError([f"{place(mark)}: {text}" for mark, text in ordered])

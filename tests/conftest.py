@@ -1,0 +1,154 @@
+"""Shared ground of the tests: no network, few threads, and tiny models of every family, built from a config in code."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import qtool  # noqa: E402
+from qtool.formats.scheme import Scheme  # noqa: E402
+from qtool.formats.tensor import quantize  # noqa: E402
+from qtool.model.handle import ModelHandle  # noqa: E402
+from qtool.model.linear import weight_of  # noqa: E402
+from qtool.model.store import save_changes  # noqa: E402
+from qtool.options import ModelOptions, matches  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+
+DEMO = Path(qtool.__file__).parent / "assets" / "demo" / "model"
+TOKENS = {
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+LLAMA_LIKE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+# Family: its configuration class and the sizes that make it tiny (hidden 64, ffn 128, 2 blocks, 4 heads of 16).
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaConfig", LLAMA_LIKE),
+    "mistral": ("MistralConfig", LLAMA_LIKE | {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", LLAMA_LIKE | {"head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", LLAMA_LIKE | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "phi3": ("Phi3Config", LLAMA_LIKE),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "init_std": 0.1,
+            "dropout": 0.0,
+        },
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "initializer_range": 0.1,
+        },
+    ),
+    "falcon": (
+        "FalconConfig",
+        {
+            "hidden_size": 64,
+            "ffn_hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "initializer_range": 0.1,
+        },
+    ),
+    "mixtral": ("MixtralConfig", LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn: a test that takes this runs once for each."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_model("llama", dtype="bfloat16", num_hidden_layers=3)`: a folder under tmp_path with a random checkpoint.
+
+    Any field of the family's configuration may be given. Weights are seeded; gains and biases are drawn too, so that a
+    transform that forgets one of them is caught. The tokenizer is the demo model's, the vocabulary its 4096 entries.
+    """
+
+    def build(family: str, *, dtype: str = "float32", seed: int = 0, name: str = "", **fields: object) -> Path:
+        config_class, sizes = FAMILIES[family]
+        config = getattr(transformers, config_class)(**TOKENS | sizes | fields)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:
+                        parameter += 0.2 * torch.randn_like(parameter)
+        folder = tmp_path / (name or f"tiny-{family}")
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(DEMO / file, folder / file)
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Callable[..., ModelHandle]:
+    """`quantized(folder, "w4a16g32")`: the model with the linears of its blocks rounded to a scheme.
+
+    A dict {pattern: scheme} rounds only what a pattern fits, `lm_head` too; the first pattern that fits wins.
+    """
+
+    def build(folder: Path, schemes: object) -> ModelHandle:
+        patterns = schemes if isinstance(schemes, dict) and "weights" not in schemes else {"*": schemes}
+        chosen = {pattern: Scheme.model_validate(scheme) for pattern, scheme in patterns.items()}
+        model = ModelHandle(ModelOptions(path=str(folder)))
+        changes = tmp_path / f"changes-{folder.name}"
+
+        def round_linears(linears: dict[str, torch.nn.Module], unit: str) -> None:
+            found = {}
+            for name, linear in linears.items():
+                scheme = next((scheme for pattern, scheme in chosen.items() if matches(name, pattern)), None)
+                if scheme is not None:
+                    found[f"{name}.weight"] = (quantize(weight_of(linear), scheme.weights), scheme)
+            save_changes(changes / f"{unit}.safetensors", found)
+
+        for block in model.blocks():
+            round_linears(block.linears(), f"block_{block.index:03d}")
+        if "lm_head" in chosen:
+            with model.outer():
+                round_linears({"lm_head": model.model.get_submodule("lm_head")}, "outer")
+        return ModelHandle(ModelOptions(path=str(folder)), changes=(changes,))
+
+    return build

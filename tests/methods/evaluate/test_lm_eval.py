@@ -1,0 +1,143 @@
+"""lm-eval: its score of demo_cloze is the one counted by hand; local tasks; mistyped names; nothing is left behind."""
+
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qtool.assets.demo.tasks import demo_cloze
+from qtool.errors import QtoolError
+from qtool.methods.evaluate.lm_eval import METHOD, LmEvalOptions, lm_eval, read_metrics
+from qtool.model.handle import ModelHandle
+from qtool.options import ModelOptions
+
+DEMO = ModelOptions(path="demo")
+TASK = """
+task: my_task
+custom_dataset: !function my_task.load
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+LOADER = """
+import datasets
+
+def load(**metadata):
+    return {"test": datasets.Dataset.from_list([{"question": "import", "choices": ["os", "@@"], "answer": 0}] * 3)}
+"""
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def score_by_hand(count: int) -> float:
+    """Share of items whose true line the model finds likeliest, from the definition."""
+    model = ModelHandle(DEMO)
+    plain = AutoModelForCausalLM.from_pretrained(model.folder).eval()
+    right = 0
+    for item in demo_cloze.load()["test"].select(range(count)):
+        scores = []
+        for choice in item["choices"]:
+            ids = model.tokenizer(item["context"] + choice)["input_ids"]
+            begun = len(model.tokenizer(item["context"].rstrip())["input_ids"])  # a blank end is scored too
+            with torch.no_grad():
+                log_p = plain(torch.tensor([ids[:-1]])).logits[0].float().log_softmax(-1)
+            scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(begun, len(ids))))
+        right += scores.index(max(scores)) == item["label"]
+    return right / count
+
+
+def test_demo_cloze_scores_as_counted_by_hand_and_needs_no_network(no_network: None) -> None:
+    model = ModelHandle(DEMO)
+    metrics = lm_eval(model, model, LmEvalOptions(tasks=("demo_cloze",), limit=12), seed=0)
+    assert [metric.name for metric in metrics] == ["demo_cloze/acc", "demo_cloze/acc_norm"]
+    accuracy = metrics[0]
+    assert (accuracy.dataset, accuracy.unit) == ("demo_cloze", "fraction")
+    assert accuracy.value == pytest.approx(score_by_hand(12))
+    p = accuracy.value  # the standard error of a share, with n - 1
+    assert accuracy.stderr == pytest.approx((p * (1 - p) / 11) ** 0.5)
+
+
+def test_demo_cloze_asks_for_the_line_that_follows() -> None:
+    rows = demo_cloze.load()["test"]
+    items = demo_cloze.read_lines(demo_cloze.HERE / "demo_cloze.jsonl.gz")
+    texts = {
+        row["file"]: row["text"].split("\n")
+        for row in demo_cloze.read_lines(demo_cloze.HERE.parent / "text" / "test.jsonl.gz")
+    }
+    assert len(rows) == len(items) == 400
+    for row, item in zip(rows, items, strict=True):
+        lines = texts[item["file"]]
+        assert item["choices"][item["label"]] == item["line"]
+        assert row["choices"][row["label"]] == lines[item["line"]]
+        assert len(set(row["choices"])) == 4
+        assert row["context"].endswith(lines[item["line"] - 1] + "\n")
+        assert row["context"].count("\n") == min(14, item["line"])
+
+
+def test_a_task_from_a_local_folder_runs(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "my_task.yaml").write_text(TASK)
+    (tmp_path / "my_task.py").write_text(LOADER)
+    model = ModelHandle(DEMO)
+    options = LmEvalOptions(tasks=("my_task",), include_path=(str(tmp_path),), batch_size=2, num_fewshot=0)
+    [metric] = lm_eval(model, model, options, seed=0)
+    assert (metric.name, metric.value) == ("my_task/acc", 1.0)
+
+
+def test_a_mistyped_task_is_refused_before_any_work_with_the_nearest_name() -> None:
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match='there is no task "demo_clozze"; did you mean demo_cloze'):
+        METHOD.check(ModelHandle(DEMO), LmEvalOptions(tasks=("demo_clozze",)))
+
+
+def test_a_missing_task_folder_is_refused() -> None:
+    model = ModelHandle(DEMO)
+    with pytest.raises(QtoolError, match="the folder nowhere does not exist"):
+        lm_eval(model, model, LmEvalOptions(tasks=("demo_cloze",), include_path=("nowhere",)), seed=0)
+
+
+def test_a_task_whose_data_cannot_be_had_is_a_clear_error(tmp_path: Path) -> None:
+    text = TASK.replace("custom_dataset: !function my_task.load", f"dataset_path: json\ndataset_name: null\n"
+                        f"dataset_kwargs: {{data_files: {tmp_path}/missing.json}}")  # fmt: skip
+    (tmp_path / "my_task.yaml").write_text(text)
+    model = ModelHandle(DEMO)
+    with pytest.raises(QtoolError, match="evaluate/lm_eval: my_task: .*missing.json"):
+        lm_eval(model, model, LmEvalOptions(tasks=("my_task",), include_path=(str(tmp_path),)), seed=0)
+
+
+def test_nothing_is_printed_and_nothing_stays_changed(capfd: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+
+    model = ModelHandle(DEMO)
+    model.tokenizer.pad_token = None
+    begin, level = tqdm.__init__, logging.getLogger("lm_eval").level
+    lm_eval(model, model, LmEvalOptions(tasks=("demo_cloze",), limit=1), seed=0)
+    assert capfd.readouterr() == ("", "")
+    assert tqdm.__init__ is begin
+    assert logging.getLogger("lm_eval").level == level
+    assert model.tokenizer.pad_token is None
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+def test_every_filter_of_a_metric_is_told_apart() -> None:
+    results = {
+        "alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1,
+        "exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": "N/A", "word_perplexity,none": 9.0,
+    }  # fmt: skip
+    found = [(metric.name, metric.value, metric.unit, metric.stderr) for metric in read_metrics("gsm8k", results)]
+    assert found == [
+        ("gsm8k/exact_match/strict-match", 0.5, "fraction", 0.1),
+        ("gsm8k/exact_match/flexible-extract", 0.75, "fraction", None),
+        ("gsm8k/word_perplexity", 9.0, "ppl", None),
+    ]

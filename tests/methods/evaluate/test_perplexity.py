@@ -1,0 +1,98 @@
+"""Perplexity: agrees with a plain transformers loop; its errors follow from the windows."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qtool.calibration.tokens import read_tokens
+from qtool.errors import QtoolError
+from qtool.methods.evaluate.perplexity import METHOD, PerplexityOptions, perplexity, window_losses
+from qtool.model.handle import ModelHandle
+from qtool.options import ModelOptions
+
+TEXT = PerplexityOptions(source="demo:test", samples=9, length=48)  # nine: two batches of unequal size
+
+
+def plain_losses(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Loss of every window [samples], by transformers and the definition alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    means = []
+    for window in tokens:
+        with torch.no_grad():
+            log_p = model(window[None]).logits[0].float().log_softmax(-1)  # [length, vocab]
+        means.append(-sum(float(log_p[t - 1, window[t]]) for t in range(1, len(window))) / (len(window) - 1))
+    return torch.tensor(means, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_it_agrees_with_a_plain_transformers_loop(family: str, tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model(family)
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    [metric] = perplexity(model, model, TEXT, seed=0)
+    expected = math.exp(plain_losses(folder, read_tokens(TEXT, model.tokenizer, 0)).mean())
+    assert metric.value == pytest.approx(expected, rel=1e-6)  # the same windows, float32 log-softmax on both sides
+    assert (metric.name, metric.dataset, metric.unit) == ("perplexity", "demo:test", "ppl")
+
+
+def test_it_agrees_with_a_plain_transformers_loop_on_the_demo_model() -> None:
+    model = ModelHandle(ModelOptions(path="demo"))
+    options = PerplexityOptions(source="demo:test", samples=8, length=128)
+    [metric] = perplexity(model, model, options, seed=0)
+    tokens = read_tokens(options, model.tokenizer, 0)
+    plain = AutoModelForCausalLM.from_pretrained(model.folder).eval()
+    with torch.no_grad():  # one batch, as the handle runs it: bf16 sums depend on the batch
+        log_p = plain(tokens).logits[:, :-1].float().log_softmax(-1)
+    losses = -log_p.gather(-1, tokens[:, 1:, None]).double()
+    assert metric.value == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(plain.lm_head.weight)
+    plain.save_pretrained(folder)
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    [metric] = perplexity(model, model, TEXT, seed=0)
+    assert metric.value == pytest.approx(4096, rel=1e-6)  # float32 log of 4096
+    assert metric.stderr == pytest.approx(0, abs=1e-9)
+
+
+def test_the_change_is_paired_window_by_window(
+    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle]
+) -> None:
+    folder = tiny_model("llama")
+    original, model = ModelHandle(ModelOptions(path=str(folder))), quantized(folder, "w4a16g32")
+    value, change = perplexity(model, original, TEXT, seed=0)
+    tokens = read_tokens(TEXT, model.tokenizer, 0)
+    ours, theirs = window_losses(model, tokens).tolist(), plain_losses(folder, tokens).tolist()
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = sum(differences) / 9
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 8)
+    assert change.value == pytest.approx(math.exp(mean) - 1, rel=1e-4)  # a small difference of float32 losses
+    assert change.stderr == pytest.approx(math.exp(mean) * deviation / 3, rel=1e-3)
+    assert (change.name, change.unit) == ("perplexity_change", "fraction")
+    [before] = perplexity(original, original, TEXT, seed=0)
+    assert value.value / before.value - 1 == pytest.approx(change.value, rel=1e-9)  # the same floats, regrouped
+
+
+def test_one_window_has_no_standard_error() -> None:
+    model = ModelHandle(ModelOptions(path="demo"))
+    [metric] = perplexity(model, model, TEXT.model_copy(update={"samples": 1}), seed=0)
+    assert metric.stderr is None
+
+
+def test_windows_come_in_file_order_whatever_the_seed() -> None:
+    model = ModelHandle(ModelOptions(path="demo"))
+    assert perplexity(model, model, TEXT, seed=0) == perplexity(model, model, TEXT, seed=1)
+
+
+def test_a_text_that_is_too_short_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("def f(): pass\n")
+    options = PerplexityOptions(source=str(tmp_path / "short.txt"))
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match="gives 0 windows"):
+        METHOD.check(ModelHandle(ModelOptions(path="demo")), options)

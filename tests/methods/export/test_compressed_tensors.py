@@ -1,0 +1,226 @@
+"""The compressed-tensors export: the library's own config model, plain transformers and qtool's reader all take it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from qtool.artifact import Artifact, digest_file
+from qtool.errors import QtoolError
+from qtool.methods.export.compressed_tensors import METHOD, CompressedTensorsOptions, compressed_tensors
+from qtool.model.handle import ModelHandle
+from qtool.model.linear import weight_of
+from qtool.model.writer import write_checkpoint
+from qtool.options import ModelOptions
+
+TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
+Quantized = Callable[..., ModelHandle]
+TinyModel = Callable[..., Path]
+
+
+def export(model: ModelHandle, out: Path) -> Artifact:
+    out.mkdir()
+    return compressed_tensors(model, out, CompressedTensorsOptions())
+
+
+def logits_of(model: ModelHandle) -> torch.Tensor:
+    with model.materialized() as module, torch.no_grad():
+        return module(TOKENS).logits
+
+
+def reload(folder: Path) -> torch.Tensor:
+    """Logits by plain transformers, every key of the file and of the model accounted for."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert {kind: keys for kind, keys in info.items() if keys} == {}
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def assert_same_weights(model: ModelHandle, other: ModelHandle) -> None:
+    for ours, theirs in zip(model.blocks(), other.blocks(), strict=True):
+        assert ours.linears().keys() == theirs.linears().keys()
+        for name, linear in ours.linears().items():
+            assert torch.equal(weight_of(linear), weight_of(theirs.get(name))), name
+    assert model.schemes() == other.schemes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w8a16", "w2a16g16", "w3a16", "w5a16g32", "w6a16g64", "w7a16"])
+def test_transformers_computes_the_same_from_packed_weights(
+    scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama", dtype=dtype), scheme)
+    assert export(model, tmp_path / "out").lossless
+    assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8g32-asym", "w4a8g32", "w4a6-asym"])
+def test_transformers_computes_the_same_with_quantized_activations(
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), scheme)
+    assert export(model, tmp_path / "out").lossless
+    expected = logits_of(model)
+    error = (reload(tmp_path / "out") - expected).norm() / expected.norm()
+    assert error < 1e-3  # float32 scales of tokens differ in the last bit, and then now and then a code
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16g32", "w4a16g32-asym", "w3a16-asym", "w8a16g16-asym", "w8a8", "w8a8-asym", "w4a8g32-asym"]
+)
+def test_the_library_decodes_the_weights_of_the_model_in_memory(
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), scheme)
+    export(model, tmp_path / "out")
+    group = QuantizationConfig.model_validate(config_of(tmp_path / "out")).config_groups["group_0"]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        for block in model.blocks():
+            for name, linear in block.linears().items():
+                parts = {k.removeprefix(f"{name}."): file.get_tensor(k) for k in file.keys() if k.startswith(f"{name}.")}
+                decoded = BaseCompressor.get_value_from_registry(group.format).decompress(parts, group)["weight"]
+                # The library multiplies in the scale's bfloat16, which rounds once more than float32.
+                assert torch.equal(decoded, weight_of(linear).to(decoded.dtype)), name
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w8a8", "w8a8g32-asym", "w4a8-asym"])
+def test_qtool_reads_its_own_bytes_back(
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
+    export(model, tmp_path / "out")
+    again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    assert_same_weights(model, again)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_every_scheme_is_a_group_that_names_its_linears(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    schemes = {"q_proj": "w8a16", "down_proj": "w4a8g32", "layers.0.mlp.*": "w3a16g32", "mlp.*": "w4a16g16"}
+    model = quantized(tiny_model("llama"), schemes)
+    export(model, tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    parsed = QuantizationConfig.model_validate(config)
+    assert parsed.format == "mixed-precision"
+    layers = "model.layers."
+    targets = {
+        (g["weights"]["num_bits"], g["weights"]["group_size"], g["format"]): set(g["targets"])
+        for g in config["config_groups"].values()
+    }
+    assert targets == {
+        (8, None, "pack-quantized"): {f"{layers}0.self_attn.q_proj", f"{layers}1.self_attn.q_proj"},
+        (4, 32, "int-quantized"): {f"{layers}0.mlp.down_proj", f"{layers}1.mlp.down_proj"},
+        (3, 32, "pack-quantized"): {f"{layers}0.mlp.gate_proj", f"{layers}0.mlp.up_proj"},
+        (4, 16, "pack-quantized"): {f"{layers}1.mlp.gate_proj", f"{layers}1.mlp.up_proj"},
+    }
+    dense = {f"{layers}{i}.self_attn.{side}_proj" for i in (0, 1) for side in "kvo"} | {"lm_head"}
+    assert set(config["ignore"]) == dense
+    again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    assert_same_weights(model, again)
+    expected = logits_of(model)
+    assert (reload(tmp_path / "out") - expected).norm() / expected.norm() < 1e-3  # as with quantized activations above
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
+def test_other_families_reload_too(family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    model = quantized(tiny_model(family), "w4a16g32")
+    export(model, tmp_path / "out")
+    assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+
+
+def test_a_quantized_head_is_held_packed(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    model = quantized(tiny_model("llama"), {"lm_head": "w8a16", "mlp.*": "w4a16g32"})
+    export(model, tmp_path / "out")
+    assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+    again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert again.schemes().keys() == model.schemes().keys()
+
+
+def test_dense_experts_beside_quantized_attention_are_held(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("mixtral"), {"self_attn.*": "w4a16g32"})
+    export(model, tmp_path / "out")
+    torch.testing.assert_close(reload(tmp_path / "out"), logits_of(model), rtol=1e-5, atol=1e-5)  # experts fused again
+    assert not any("experts" in name for name in config_of(tmp_path / "out")["ignore"])
+
+
+def test_many_files_reload_as_one(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    out = tmp_path / "out"
+    out.mkdir()
+    model = quantized(folder, "w4a16g32")
+    write_checkpoint(model, out, shard_bytes=150_000)  # the embedding is larger, a block of 148 kB fits
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(out).parameters())
+    assert torch.equal(reload(out), logits_of(model))
+    assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(out)))), logits_of(model))
+
+
+def test_scales_that_readers_cannot_hold_are_no_lossless_export(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    scheme = {"weights": {"bits": 4, "group": 32, "scale_dtype": "float32"}}
+    model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
+    assert not export(model, tmp_path / "out").lossless  # transformers keeps scales in the model's bfloat16
+    assert_same_weights(model, ModelHandle(ModelOptions(path=str(tmp_path / "out"))))
+
+
+def test_the_artifact_counts_and_digests_every_file(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    folder, out = tiny_model("llama"), tmp_path / "out"
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    artifact = export(quantized(folder, "w4a16g32"), out)
+    assert artifact.bytes == sum(path.stat().st_size for path in out.iterdir())
+    assert artifact.sha256 == {path.name: digest_file(path) for path in out.iterdir()}
+    copied = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert set(artifact.sha256) == copied | {"config.json", "model.safetensors"}
+    assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in copied)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "message"),
+    [
+        ("gpt2", "w4a16g32", r"h\.0\.attn\.c_attn: Conv1D cannot be held, nn\.Linear can; use export/safetensors"),
+        ("mixtral", "w4a16g32", r"experts\.gate_up\.0: experts are held dense; ignore \*\.experts\.\*"),
+        ("llama", "w4a16kv8g32", r"w4a16kv8g32: a cache cannot be held; leave kv8 out"),
+        ("llama", {}, "no linear is quantized; put a quantize step before it"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
+    family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model(family), scheme)
+    with pytest.raises(QtoolError, match=message):
+        export(model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_without_a_fitting_linear_is_refused_before_any_step(tiny_model: TinyModel) -> None:
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match=r"the blocks hold Conv1D.*, not nn\.Linear"):
+        METHOD.check(ModelHandle(ModelOptions(path=str(tiny_model("gpt2")))), CompressedTensorsOptions())
+    METHOD.check(ModelHandle(ModelOptions(path=str(tiny_model("llama")))), CompressedTensorsOptions())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
+def test_an_unwritable_folder_is_a_clear_error(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    model = quantized(tiny_model("llama"), "w4a16g32")
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(QtoolError, match="cannot write"):
+        compressed_tensors(model, tmp_path / "out", CompressedTensorsOptions())

@@ -1,0 +1,123 @@
+"""The dense export: plain transformers reloads it and computes what the compressed model computes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from qtool.errors import QtoolError
+from qtool.methods.export.compressed_tensors import CompressedTensorsOptions, compressed_tensors
+from qtool.methods.export.safetensors import SafetensorsOptions, safetensors
+from qtool.model.handle import ModelHandle
+from qtool.model.store import save_changes
+from qtool.options import ModelOptions
+
+TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
+Quantized = Callable[..., ModelHandle]
+
+
+def export(model: ModelHandle, out: Path) -> Path:
+    out.mkdir()
+    assert safetensors(model, out, SafetensorsOptions()).lossless
+    return out
+
+
+def logits_of(model: ModelHandle) -> torch.Tensor:
+    with model.materialized() as module, torch.no_grad():
+        return module(TOKENS).logits
+
+
+def reload(folder: Path) -> torch.Tensor:
+    """Logits by plain transformers, every key of the file and of the model accounted for."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert {kind: keys for kind, keys in info.items() if keys} == {}
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def keys(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def test_plain_transformers_computes_the_same(
+    family: str, tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model(family), "w4a16g32")
+    # float32 sums in another order where experts are fused again
+    torch.testing.assert_close(reload(export(model, tmp_path / "out")), logits_of(model), rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_those_of_the_original_checkpoint(
+    family: str, tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    folder = tiny_model(family)
+    assert keys(export(quantized(folder, "w4a16g32"), tmp_path / "out")) == keys(folder)
+
+
+def test_bfloat16_weights_are_equal_to_the_bit(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama", dtype="bfloat16"), "w3a16g32-asym")
+    assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
+
+
+def test_a_tied_head_is_written_once(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+    model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
+    out = export(model, tmp_path / "out")
+    assert "lm_head.weight" not in keys(out)
+    assert torch.equal(reload(out), logits_of(model))
+
+
+def test_a_quantized_head_is_written_dense(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), {"lm_head": "w4a16g32"})
+    assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
+
+
+def test_zeros_of_sparse_weights_stay(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder, name = tiny_model("llama"), "model.layers.0.mlp.up_proj.weight"
+    sparse = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).relu()
+    save_changes(tmp_path / "changes" / "block_000.safetensors", {name: sparse})
+    model = ModelHandle(ModelOptions(path=str(folder)), changes=(tmp_path / "changes",))
+    with safe_open(export(model, tmp_path / "out") / "model.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor(name), sparse)
+
+
+def test_no_trace_of_qtool_is_left(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+    out = export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert not any(b"qtool" in path.read_bytes() for path in out.iterdir())
+
+
+def test_the_dtype_that_was_asked_for_is_written(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = ModelHandle(ModelOptions(path=str(tiny_model("llama")), dtype="bfloat16"))
+    out = export(model, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_compressed_export_can_be_made_dense(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), "w4a16g32")
+    (tmp_path / "packed").mkdir()
+    compressed_tensors(model, tmp_path / "packed", CompressedTensorsOptions())
+    out = export(ModelHandle(ModelOptions(path=str(tmp_path / "packed"))), tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.equal(reload(out), logits_of(model))
+
+
+def test_quantized_activations_are_refused(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), "w8a8")
+    with pytest.raises(QtoolError, match="q_proj is quantized to w8a8, but a dense checkpoint holds weights alone"):
+        export(model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

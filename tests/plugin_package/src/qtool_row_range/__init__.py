@@ -1,0 +1,1 @@
+"""quantize/row_range, a method for qtool."""
