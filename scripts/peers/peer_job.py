@@ -9,8 +9,9 @@ Nothing is written unless the weights pass the checks of `check_levels` and `che
 import json
 import resource
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
@@ -53,6 +54,15 @@ def fail(message: str) -> NoReturn:
     """Print one line and exit with status 1."""
     print(f"error: {message}".replace("\n", " "), file=sys.stderr)
     sys.exit(1)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; whatever it raises ends the process with its traceback, one last line and status 1."""
+    try:
+        main()
+    except Exception as error:
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}")
 
 
 def read_job() -> Job:

@@ -24,9 +24,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import peer_job
 import torch
-from peer_job import Job, Outcome, block_linears, count_messages, fail, peak_rss_gib, read_job, read_tokens
-from peer_job import write_result
+from peer_job import Job, Outcome
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,7 +59,7 @@ def quantize(job: Job, tokens: Tensor) -> tuple[PreTrainedModel, list[str], floa
     settings = {"bits": job.bits, "group_size": job.group, "sym": job.symmetric, "device": "cpu"}
     config = config_class(**settings, **{"offload_to_disk": False, **job.options})
     peer = GPTQModel.load(str(job.model), config)
-    linears = block_linears(peer.model)
+    linears = peer_job.block_linears(peer.model)
     packer = "C++" if extension.is_available("pack_block_cpu") else "Python"
     ones = torch.ones_like(tokens)
     rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
@@ -69,7 +69,7 @@ def quantize(job: Job, tokens: Tensor) -> tuple[PreTrainedModel, list[str], floa
     log = peer.quantize(calibration=None if job.method == "rtn" else rows, batch_size=1)
     seconds = time.perf_counter() - start
     fallbacks = sum("fallback" in str(entry.get("loss")) for entries in log.values() for entry in entries)
-    note = f"{packer} packer compiled beforehand; {fallbacks} fallbacks; warnings: {count_messages(messages)}"
+    note = f"{packer} packer compiled beforehand; {fallbacks} fallbacks; warnings: {peer_job.count_messages(messages)}"
     return peer.model, linears, seconds, note
 
 
@@ -95,7 +95,7 @@ def dequantize(model: PreTrainedModel, linears: list[str]) -> dict[str, Tensor]:
         elif isinstance(module, AwqTorchLinear):
             weight = dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size)
         else:
-            fail(f"{name}: left as {type(module).__name__}, must be a packed layer")
+            peer_job.fail(f"{name}: left as {type(module).__name__}, must be a packed layer")
         weights[f"{name}.weight"] = weight.T.contiguous()  # [out, in]
         if module.bias is not None:
             weights[f"{name}.bias"] = module.bias.float()
@@ -103,20 +103,20 @@ def dequantize(model: PreTrainedModel, linears: list[str]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    job = read_job()
+    job = peer_job.read_job()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("GPTQMODEL_EXT_BUILD", str(Path(sys.prefix) / "torch_extensions" / "pack_block_cpu"))
     if (os.cpu_count() or 1) < 3:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    tokens = read_tokens(job)
+    tokens = peer_job.read_tokens(job)
     model, linears, seconds, note = quantize(job, tokens)
-    peak = peak_rss_gib()
+    peak = peer_job.peak_rss_gib()
     weights = dequantize(model, linears)
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
     outcome = Outcome(seconds, peak, logits, weights, note)
-    write_result(job, "gptqmodel", version("gptqmodel"), outcome, tokens[0])
+    peer_job.write_result(job, "gptqmodel", version("gptqmodel"), outcome, tokens[0])
 
 
 if __name__ == "__main__":
-    main()
+    peer_job.run(main)

@@ -16,9 +16,9 @@ import time
 import warnings
 from importlib.metadata import version
 
+import peer_job
 import torch
-from peer_job import Job, Outcome, block_linears, count_messages, fail, load_plain, peak_rss_gib
-from peer_job import read_job, read_tokens, write_result
+from peer_job import Job, Outcome
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, s
         seconds = time.perf_counter() - start
     messages += [str(warning.message) for warning in caught]
     patch = "pin_memory patched out; " if job.method == "awq" else ""
-    return seconds, f"{patch}warnings: {count_messages(messages)}"
+    return seconds, f"{patch}warnings: {peer_job.count_messages(messages)}"
 
 
 @torch.no_grad()
@@ -76,24 +76,24 @@ def dequantize(model: PreTrainedModel, names: list[str], linears: list[str]) -> 
 
 
 def main() -> None:
-    job = read_job()
+    job = peer_job.read_job()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if job.method == "awq":
         torch.Tensor.pin_memory = lambda self, *_: self  # see the module docstring
-    tokens = read_tokens(job)
-    model = load_plain(job)
+    tokens = peer_job.read_tokens(job)
+    model = peer_job.load_plain(job)
     names = [name for name, _ in model.named_parameters()]
-    linears = block_linears(model)
+    linears = peer_job.block_linears(model)
     seconds, note = quantize(job, model, tokens)
-    peak = peak_rss_gib()
+    peak = peer_job.peak_rss_gib()
     quantized = [name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)]
     if sorted(quantized) != sorted(linears):
-        fail(f"quantized {len(quantized)} modules, must be the {len(linears)} linears of the blocks")
+        peer_job.fail(f"quantized {len(quantized)} modules, must be the {len(linears)} linears of the blocks")
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
     outcome = Outcome(seconds, peak, logits, dequantize(model, names, linears), note)
-    write_result(job, "llmcompressor", version("llmcompressor"), outcome, tokens[0])
+    peer_job.write_result(job, "llmcompressor", version("llmcompressor"), outcome, tokens[0])
 
 
 if __name__ == "__main__":
-    main()
+    peer_job.run(main)
