@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.errors import QtoolError, nearest
-from qtool.options import Options
+from qtool.options import Needs, Options
 
 KINDS = ("calibrate", "transform", "quantize", "prune", "factorize", "distill", "evaluate", "export")
 Scope = Literal["linear", "block", "model", "training"]
-Needs = Literal["nothing", "amax", "hessian", "inputs"]
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,17 @@ def main() -> None:
                     job_file.write_text(json.dumps(job))
                     python = arguments.venvs / f"peer-{tool}" / "bin" / "python"
                     command = [str(python), str(REPO / "scripts" / "peers" / f"run_{tool}.py"), str(job_file)]
-                row: dict[str, Any] = {"scheme": f"w{bits}a16g{arguments.group}{'' if symmetric else '-asym'}", "method": method}
+                row: dict[str, Any] = {
+                    "scheme": f"w{bits}a16g{arguments.group}{'' if symmetric else '-asym'}",
+                    "method": method,
+                }
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
                 if done.returncode:
-                    row |= {"tool": tool, "error": (done.stderr.strip().splitlines() or ["no message"])[-1][:120], "out": None}
+                    row |= {
+                        "tool": tool,
+                        "error": (done.stderr.strip().splitlines() or ["no message"])[-1][:120],
+                        "out": None,
+                    }
                 else:
                     row |= json.loads((out / "result.json").read_text())
                     row["out"] = str(make_checkpoint(source, out))

@@ -57,7 +57,17 @@ SPLITS = {"test": (0.012, 330_000), "validation": (0.012, 200_000), "calibration
 def source_files(wheels: Path) -> Iterator[tuple[str, str]]:
     """Yield (origin, text) of every .py file in the standard library and the wheels."""
     wheels.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(wheels),
+    ]
     subprocess.run([*pip, *WHEELS], check=True)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(stdlib.rglob("*.py")):
@@ -198,7 +208,8 @@ def train(
             print(f"step {step}/{steps} loss {loss.item():.4f} {speed:.0f} tokens/s {left:.0f} min left", flush=True)
         if step % 300 == 299 or step == steps - 1:
             print(f"step {step} validation loss {mean_loss(model, valid, 64):.4f}", flush=True)
-            state = {"step": step + 1, "order": order, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"step": step + 1, "order": order, "model": model.state_dict(), "optimizers": states}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     model = model.to(torch.bfloat16).eval()
@@ -234,7 +245,8 @@ def cloze_items(rows: list[dict[str, str]], count: int, seed: int) -> list[dict[
         choices = [*rng.sample(sorted(alike), 3), answer]
         rng.shuffle(choices)
         # Line numbers, not lines: the task reads the lines from the test split, and the package stays small.
-        items.append({"file": row["file"], "line": at, "choices": [lines.index(c) for c in choices], "label": choices.index(answer)})
+        numbers = [lines.index(choice) for choice in choices]
+        items.append({"file": row["file"], "line": at, "choices": numbers, "label": choices.index(answer)})
     return items
 
 
@@ -245,7 +257,9 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def write_card(path: Path, facts: dict[str, float], parameters: int, counts: dict[str, int]) -> None:
-    sources = "\n".join(f"| {pin.split('==')[0]} | {pin.split('==')[1]} | {licence} |" for pin, licence in WHEELS.items())
+    sources = "\n".join(
+        f"| {pin.split('==')[0]} | {pin.split('==')[1]} | {licence} |" for pin, licence in WHEELS.items()
+    )
     python = ".".join(map(str, sys.version_info[:3]))
     path.write_text(f"""# qtool demo model
 

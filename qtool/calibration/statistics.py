@@ -7,7 +7,7 @@ All in float32; x is seen once and forgotten, except where a method needs the in
 import torch
 from torch import Tensor
 
-from qtool.registry import Needs
+from qtool.options import Needs
 
 
 class LayerStats:

@@ -26,14 +26,18 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 class TextOptions(Options):
     """Which text, and how it becomes windows of tokens."""
 
-    source: str = Field(description="demo:calibration, demo:validation, demo:test, a local .jsonl/.json/.parquet/.txt, or a hub data set id")
+    source: str = Field(
+        description="demo:calibration, demo:validation, demo:test, a local .jsonl/.json/.parquet/.txt, or a hub data set id"
+    )
     config: str | None = Field(None, description="configuration name of a hub data set, such as wikitext-2-raw-v1")
     split: str = Field("train", description="split of a hub data set")
     field: str = Field("text", description="the key or column that holds the text, or chat messages")
     samples: int | None = Field(None, ge=1, description="windows to take; null: all the text gives")
     length: int = Field(512, ge=2, description="tokens in a window")
     pack: bool = Field(True, description="join documents into one stream; false: one document, one window")
-    bos: Literal["auto", "always", "never"] = Field("auto", description="begin each document with BOS; auto: as the tokenizer does")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="begin each document with BOS; auto: as the tokenizer does"
+    )
     chat_template: bool = Field(False, description="render the field's messages through the tokenizer's chat template")
     shuffle: bool = Field(True, description="take documents in a seeded random order")
     revision: str | None = Field(None, description="revision of a hub data set")
@@ -108,7 +112,9 @@ def _encode(document: object, options: TextOptions, tokenizer: object) -> list[i
         ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)  # type: ignore[attr-defined]
         return list(ids)
     if not isinstance(document, str):
-        raise QtoolError(f"source: {options.source}: the field {options.field} holds no text; set chat_template: true for messages")
+        raise QtoolError(
+            f"source: {options.source}: the field {options.field} holds no text; set chat_template: true for messages"
+        )
     bos = tokenizer.bos_token_id  # type: ignore[attr-defined]
     ids = list(tokenizer(document, add_special_tokens=options.bos == "auto", verbose=False)["input_ids"])  # type: ignore[operator]
     if options.bos == "always":
@@ -151,7 +157,9 @@ def _read_hub(options: TextOptions) -> list[object]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(options.source, options.config, split=options.split, revision=options.revision))
+        return list(
+            datasets.load_dataset(options.source, options.config, split=options.split, revision=options.revision)
+        )
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise QtoolError(
             f"source: {options.source} is no local file, and the hub cannot give it (no network, or no such data set); "
@@ -166,6 +174,8 @@ def _field_of(rows: list[object], options: TextOptions) -> list[object]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or options.field not in row:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise QtoolError(f'source: {options.source}: row {number} has no "{options.field}" (it has {keys}); set field')
+            raise QtoolError(
+                f'source: {options.source}: row {number} has no "{options.field}" (it has {keys}); set field'
+            )
         documents.append(row[options.field])
     return documents

@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,9 @@ from qtool.cli.options import Device, Json, Overrides
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_metrics
 from qtool.errors import QtoolError
-from qtool.recipe import Step, load, parse
+
+if TYPE_CHECKING:
+    from qtool.recipe import Step
 
 
 def evaluate(
@@ -39,8 +41,10 @@ def evaluate(
 
 def choose_steps(
     target: str, source: str | None, length: int | None, samples: int | None, tasks: str | None, overrides: list[str]
-) -> list[Step]:
+) -> "list[Step]":
     """The evaluate steps that the options ask for, else those of the run's recipe."""
+    from qtool.recipe import load, parse
+
     if source is None and (length is not None or samples is not None):
         raise QtoolError("--length and --samples say how to cut a text; name it with --source")
     windows = {"source": source, "length": length, "samples": samples}

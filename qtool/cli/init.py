@@ -67,7 +67,7 @@ PLANS = {
     Goal.SPARSE: Plan(
         "two of four weights zero, for sparse matrix units, then trained back toward the original",
         (
-            '- prune/sparsegpt: {sparsity: 0.5, pattern: "2:4", ignore: [lm_head]}',
+            '- prune/sparsegpt: {pattern: "2:4", ignore: [lm_head]}',
             "- distill/logits: {steps: 200, lr: 5.0e-5}        # the weights that are left learn; the slowest step",
         ),
         "60%",

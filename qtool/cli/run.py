@@ -11,7 +11,6 @@ import typer
 from qtool.cli.options import Device, Json, Overrides, RecipeArgument
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_summary
-from qtool.recipe import load
 
 
 def run(
@@ -24,6 +23,8 @@ def run(
 ) -> None:
     """Carry out a recipe. The same command goes on where an interrupted run stopped."""
     try:
+        from qtool.recipe import load  # here, as in every verb, so that help need not wait for it
+
         loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
         folder = out or Path("runs") / recipe.stem
         with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:

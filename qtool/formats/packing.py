@@ -3,8 +3,8 @@
 Code i of a row stands at bits i·b .. i·b + b - 1 of the row, across the border of two words where b does not divide 32;
 rows are padded with zeros to whole words.
     codes [out, in] in 0 .. 2^b - 1    words [out, ceil(in b / 32)] int32
-Source: pack-quantized of compressed-tensors 0.18 and later; before, a word held floor(32 / b) codes, the same for 2, 4
-and 8 bits.
+Source: pack-quantized of compressed-tensors 0.20. Before its pull request 732 (June 2026) a word held floor(32 / b) codes,
+which is the same for 2, 4 and 8 bits.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """QuantizedTensor: the one currency for weights, from method to layer to exporter.
 
-    codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8 or None
-    w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group
+codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8 or None
+w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group
 """
 
 from dataclasses import dataclass

@@ -2,10 +2,10 @@
 
     UᵀU = (H + damp·mean(diag H)·I)⁻¹      H [in, in] mean of x xᵀ      U [in, in] upper triangular
     U_cc² = [(H_{c:, c:})⁻¹]_cc, the inverse curvature of column c once all columns before it are fixed
-Source: Frantar et al. 2022, arXiv:2210.17323, section 3.3. Differs: one Cholesky factorization of H from its last column to
-its first, H = R Rᵀ with R upper, gives U = R⁻¹, so the inverse of H itself is never formed.
+Source: Frantar et al. 2022, arXiv:2210.17323, section 3.3. Differs: one Cholesky factorization of H, from its last
+column to its first, H = R Rᵀ with R upper, gives U = R⁻¹, so the inverse of H itself is never formed.
 Why no special case for dead columns (H_cc = 0): damping alone is their curvature, so they are rounded where they stand,
-disturb no other column and hardly count in a range search, and their weights survive for inputs that calibration missed.
+disturb no other column, hardly count in a range search, and their weights survive for inputs that calibration missed.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def inverse_factor(H: Tensor, damp: float, note: Callable[[str], None]) -> Tenso
     mean = H.diagonal().mean()
     if not torch.isfinite(H).all():
         raise QtoolError("the Hessian holds NaN or infinity; check the model's weights and load it with dtype: float32")
-    identity = torch.eye(len(H), device=H.device)  # [in, in]
+    identity: Tensor = torch.eye(len(H), device=H.device)  # [in, in]
     if mean == 0:
         return identity
     level = damp
@@ -37,4 +37,5 @@ def inverse_factor(H: Tensor, damp: float, note: Callable[[str], None]) -> Tenso
         level = min(10 * level, 1.0)
     if level > damp:
         note(f"damping raised to {level:g}")
-    return torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True)  # [in, in]
+    U: Tensor = torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True)  # [in, in]
+    return U

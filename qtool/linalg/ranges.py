@@ -4,8 +4,10 @@
     cost: sum_j |e_j|^2.4            plain, GPTQ's own option
           sum_j d_j e_j^2            d_j the curvature of column j
           eᵀ H_gg e                  H_gg the group's block of H: the mean squared error of its part of the output
-Source: Frantar et al. 2022, arXiv:2210.17323 (the plain search of its code); Lin et al. 2023, arXiv:2306.00978, the clip
-search of its code. Differs: the third cost is AWQ's in closed form, over every token instead of a sample of them.
+Source: Frantar et al. 2022, arXiv:2210.17323 (the plain search of its code); Lin et al. 2023, arXiv:2306.00978 (its
+clip search). Differs: the third cost is AWQ's in closed form, over every token instead of a sample of them.
+Why 24 steps to 0.4: on the demo model's layers 40 or 80 steps lower the loss of three bits by less than 0.3 %, and
+shrinking the two ends apart from each other lowers it by 1.5 % for twice the time.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from torch import Tensor
 from qtool.formats.integer import IntegerGrid, Params
 
 Cost = Callable[[Tensor], Tensor]  # errors [out, groups, group] to costs [out, groups, 1]
-STEPS = 40
+STEPS = 24
 SMALLEST = 0.4
 CHUNK = 1 << 16  # weights searched at once, so that they stay in a core's cache
 
@@ -40,7 +42,7 @@ def weighted_cost(weights: Tensor) -> Cost:
 
 
 def output_cost(blocks: Tensor) -> Cost:
-    """Mean squared error of each group's part of the output; blocks [groups, group, group] of the Hessian's diagonal."""
+    """Mean squared error of each group's part of the output; blocks [groups, group, group] of the Hessian."""
     return lambda error: ((error.transpose(0, 1) @ blocks).transpose(0, 1) * error).sum(-1, keepdim=True)
 
 

@@ -42,7 +42,9 @@ def open_file(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise QtoolError(f"model: the file {path} is missing, though the index names it; download the model again") from error
+        raise QtoolError(
+            f"model: the file {path} is missing, though the index names it; download the model again"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise QtoolError(f"model: {path} is truncated or no safetensors file ({error}); download it again") from error
 
@@ -82,15 +84,19 @@ class Checkpoint:
             for target, tensor in found.items():
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     bad = int((~torch.isfinite(tensor)).sum())
-                    raise QtoolError(f"model: {target} holds {bad} NaN or infinite values; the checkpoint is damaged, download it again")
+                    raise QtoolError(
+                        f"model: {target} holds {bad} NaN or infinite values; the checkpoint is damaged, download it again"
+                    )
                 yield target, tensor
 
-    def _convert(self, name: str, sources: list[tuple[str, str | None, Path]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def _convert(
+        self, name: str, sources: list[tuple[str, str | None, Path]], dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         pattern = sources[0][1]
         converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
         for key, source_pattern, path in sources:
             assert source_pattern is not None
-            converter.add_tensor(name, key, source_pattern, self._tensor(path, key, dtype))
+            converter.add_tensor(name, key, source_pattern, self._tensor(path, key, dtype))  # type: ignore[arg-type]
         converted = converter.convert(name, model=self._model, config=self._model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
 
@@ -98,7 +104,7 @@ class Checkpoint:
     def _tensor(path: Path, key: str, dtype: torch.dtype | None) -> Tensor:
         with open_file(path) as file:
             try:
-                tensor = file.get_tensor(key)
+                tensor: Tensor = file.get_tensor(key)
             except SafetensorError as error:
                 raise QtoolError(f"model: {path}: {key} cannot be read ({error}); download the file again") from error
             # A copy, so that the file's pages can leave memory with the file.

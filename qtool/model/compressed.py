@@ -92,6 +92,6 @@ def _unpack(name: str, words: Tensor, bits: int, columns: int) -> Tensor:
     if words.shape[1] != n_words(columns, bits):
         raise QtoolError(
             f"model: {name}: {words.shape[1]} words do not hold {columns} codes of {bits} bits without gaps; "
-            "compressed-tensors before 0.18 left gaps: export again with a later one"
+            "compressed-tensors left gaps before June 2026: export again with a later one"
         )
     return unpack_int32(words, bits, columns)

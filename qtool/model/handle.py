@@ -8,8 +8,10 @@ Why not fx tracing or per-model classes: the model's own forward already knows, 
 
 import contextlib
 import copy
+import ctypes
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,8 +62,8 @@ class Block:
     def head_dim(self) -> int | None:
         """Channels of an attention head, where the config tells."""
         config = self._handle.config.get_text_config()
-        stated = getattr(config, "head_dim", None)
-        return stated or config.hidden_size // config.num_attention_heads
+        stated: int | None = getattr(config, "head_dim", None)
+        return stated or int(config.hidden_size // config.num_attention_heads)
 
     def call_arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model hands this block beside hidden [batch, length, hidden]: masks, positions."""
@@ -83,21 +85,35 @@ class Block:
     def observe(self, hidden: Tensor, observers: dict[str, Any]) -> None:
         """Run all samples and hand every input of the named linears to `observer.update`; stops where all were seen."""
         seen: set[str] = set()
+
+        def stop_when_seen(name: str) -> None:
+            seen.add(name)
+            if len(seen) == len(observers):
+                raise _Stop
+
+        with self._observed(observers, stop_when_seen):
+            for batch in hidden.split(BATCH):
+                seen.clear()
+                with contextlib.suppress(_Stop):
+                    self.call(batch.to(self._handle.device))
+
+    def forward_observed(self, hidden: Tensor, observers: dict[str, Any]) -> Tensor:
+        """`forward` and `observe` in one pass."""
+        with self._observed(observers, lambda name: None):
+            return self.forward(hidden)
+
+    @contextlib.contextmanager
+    def _observed(self, observers: dict[str, Any], then: Callable[[str], None]) -> Iterator[None]:
         hooks = []
         for name, observer in observers.items():
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], name: str = name, observer: Any = observer) -> None:
                 observer.update(args[0])
-                seen.add(name)
-                if len(seen) == len(observers):
-                    raise _Stop
+                then(name)
 
             hooks.append(self.get(name).register_forward_pre_hook(hook))
         try:
-            for batch in hidden.split(BATCH):
-                seen.clear()
-                with contextlib.suppress(_Stop):
-                    self.call(batch.to(self._handle.device))
+            yield
         finally:
             for handle in hooks:
                 handle.remove()
@@ -179,7 +195,9 @@ class ModelHandle:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == wanted:
                 return name, list(module)
-        raise QtoolError(f"model: {self.options.path}: no list of {wanted} blocks was found in {type(self.model).__name__}")
+        raise QtoolError(
+            f"model: {self.options.path}: no list of {wanted} blocks was found in {type(self.model).__name__}"
+        )
 
     def _separate_experts(self) -> None:
         for name, module in list(self.model.named_modules()):
@@ -193,7 +211,9 @@ class ModelHandle:
 
     def load(self, root: nn.Module, prefix: str, unit: str) -> None:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
-        inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
+        inside = (
+            [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
+        )
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
@@ -238,12 +258,15 @@ class ModelHandle:
         self.load(module, prefix, f"block_{index:03d}")
         missing = [name for name, p in module.named_parameters() if p.is_meta]
         if missing:
-            raise QtoolError(f"model: {self.folder} has no tensor {prefix}{missing[0]} ({len(missing)} missing); is it the right checkpoint?")
+            raise QtoolError(
+                f"model: {self.folder} has no tensor {prefix}{missing[0]} ({len(missing)} missing); is it the right checkpoint?"
+            )
         self._blocks_list()[index] = module
         return Block(self, index, module, f"{self.blocks_name}.{index}")
 
     def release(self, index: int) -> None:
         self._blocks_list()[index] = self._skeletons[index]
+        return_free_memory()
 
     def blocks(self) -> Iterator[Block]:
         """Each block in turn, loaded when it is asked for, released when the next one is."""
@@ -384,6 +407,13 @@ class ModelHandle:
                 del module.forward
 
 
+def return_free_memory() -> None:
+    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library, which needs no telling
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _get(root: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     owner = root.get_submodule(path)
@@ -418,7 +448,9 @@ def resolve_folder(options: ModelOptions) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                options.path, revision=options.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+                options.path,
+                revision=options.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
@@ -431,5 +463,3 @@ def resolve_folder(options: ModelOptions) -> Path:
 def checkpoint_bytes(folder: Path) -> int:
     """Size of the safetensors files of a checkpoint."""
     return sum(path.stat().st_size for path in set(find_files(folder).values()))
-
-

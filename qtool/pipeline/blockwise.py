@@ -24,10 +24,10 @@ from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.store import Changes, save_changes
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
-from qtool.options import Selection, require_matches
+from qtool.options import Needs, Selection, require_matches
 from qtool.pipeline.folder import StepFolder
 from qtool.progress import Progress
-from qtool.registry import Method, Needs
+from qtool.registry import Method
 
 TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
 
@@ -66,18 +66,20 @@ def run_blockwise(
         is_last = index == model.n_blocks - 1 and head is None
         if not is_done or (hidden is not None and not is_last):
             block = source.block(index)
-            onward = None if changes_function or hidden is None or is_last else block.forward(hidden)
-            if not is_done:
+            if is_done:
+                assert hidden is not None
+                hidden = block.forward(hidden)
+            else:
                 work = Work(source.unit_changes(unit))
                 if changes_function:
                     change_block(block, method, options, needs, hidden, work)
+                    if hidden is not None and not is_last:
+                        hidden = block.forward(hidden)
                 else:
                     assert hidden is not None
-                    transform_block(block, method, options, needs, hidden, work)
+                    hidden = transform_block(block, method, options, needs, hidden, work)
                 folder.write_records(unit, {"linears": work.linears, "fallbacks": work.fallbacks})
                 save_changes(folder.unit(unit), work.changes)
-            if hidden is not None and not is_last:
-                hidden = block.forward(hidden) if onward is None else onward
             source.release(index)
         progress.advance(f"{model.blocks_name}.{index}")
     if head is not None and not folder.unit("outer").is_file():
@@ -132,16 +134,16 @@ def head_to_change(model: ModelHandle, options: Selection) -> str | None:
 # ---- one block ----
 
 
-def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> None:
-    """Apply a transform's edits after checking that the block still computes the same."""
+def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> Tensor:
+    """Apply a transform's edits after checking that the block still computes the same; returns its output before them."""
     stats: dict[str, LayerStats] = {}
+    observers = {}
     if needs != "nothing":
-        observers = {}
         for group in find_groups(block, hidden[:1]):
             shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs)
             observers[group.linears[0]] = shared
             stats |= dict.fromkeys(group.linears, shared)
-        block.observe(hidden, observers)
+    after = block.forward_observed(hidden, observers)
     scalings = [s for s in find_scalings(block, hidden[:1]) if needs == "nothing" or s.consumers[0] in stats]
     edits = method.run(block, scalings, stats, options, work.note(method.key))
     change = change_of_output(block, hidden[:1], edits)
@@ -153,12 +155,13 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     apply_edits(block.module, block.name, edits)
     for name in edits:
         work.changes[name] = block.module.get_parameter(name.removeprefix(f"{block.name}.")).data
+    return after
 
 
 def change_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor | None, work: Work) -> None:
     """Quantize or prune the block's linears, group by group."""
     if hidden is None:
-        groups = [(name,) for name in block.linears()]
+        groups: list[tuple[str, ...]] = [(name,) for name in block.linears()]
     else:
         groups = [group.linears for group in find_groups(block, hidden[:1])]
     chosen = [tuple(name for name in names if not options.is_ignored(name)) for names in groups]

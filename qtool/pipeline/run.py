@@ -1,6 +1,6 @@
 """The main path: one recipe, carried out step by step, each step kept so that a killed run goes on.
 
-    calibrate -> transform -> quantize / prune / distill -> evaluate -> export -> evaluate the exports' own bytes -> gates
+calibrate -> transform -> quantize / prune / distill -> evaluate -> export -> evaluate the exports' own bytes -> gates
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from qtool.artifact import Artifact, Metric
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
-from qtool.model.handle import ModelHandle, ModelOptions, resolve_folder
+from qtool.model.handle import ModelHandle, resolve_folder
 from qtool.model.store import write_text
+from qtool.options import ModelOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.training import run_training
@@ -121,7 +122,14 @@ class Run:
         if method.scope == "training":
             assert self.tokens is not None, "the recipe check asks for a calibrate step before distill"
             return run_training(
-                self._compressed, self.original, method, options, self.tokens, self.recipe.seed, state, self.progress  # type: ignore[arg-type]
+                self._compressed,
+                self.original,
+                method,
+                options,
+                self.tokens,
+                self.recipe.seed,
+                state,
+                self.progress,  # type: ignore[arg-type]
             )
         if method.kind in CHANGING:
             return run_blockwise(self._compressed, method, options, self.tokens, state, self.progress)
@@ -197,7 +205,9 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
             shutil.rmtree(out)
         temporary.replace(out)
     except OSError as error:
-        raise QtoolError(f"{step.key}: cannot write {out}: {error.strerror}; free space or choose another --out") from error
+        raise QtoolError(
+            f"{step.key}: cannot write {out}: {error.strerror}; free space or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(artifact.format, out, artifact.bytes, artifact.lossless, artifact.sha256)
@@ -252,7 +262,9 @@ def finished_run(run: Path) -> tuple[Recipe, tuple[Path, ...]]:
         if step.method.kind in CHANGING:
             state = StepFolder(RunFolder(run), index, step.key)
             if state.result() is None:
-                raise QtoolError(f"{run}: the step {step.key} is not finished; finish it with qtool run {run}/recipe.yaml --out {run}")
+                raise QtoolError(
+                    f"{run}: the step {step.key} is not finished; finish it with qtool run {run}/recipe.yaml --out {run}"
+                )
             changes.append(state.path)
     return recipe, tuple(changes)
 
@@ -280,7 +292,9 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
         "parameters": original.n_parameters(),
         "bytes_original": before,
         "bytes_compressed": after,
-        "bits_per_weight": 8 * quantized_bytes / quantized_weights if quantized_weights else 8 * original.dtype.itemsize,
+        "bits_per_weight": 8 * quantized_bytes / quantized_weights
+        if quantized_weights
+        else 8 * original.dtype.itemsize,
     }
 
 
@@ -330,5 +344,3 @@ def peak_rss_gib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-

@@ -69,11 +69,12 @@ def _compose_any(text: str, name: str, problems: Problems) -> Node | None:
     """Parse anything. YAML errors, aliases, tags and keys written twice are problems."""
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            mark = _mark(name, event.start_mark.line if event.start_mark else -1)
             if isinstance(event, yaml.AliasEvent):
-                problems.append((_mark(name, event.start_mark), f"*{event.anchor} is an alias, which is not read; {QUOTE}"))
+                problems.append((mark, f"*{event.anchor} is an alias, which is not read; {QUOTE}"))
                 return None
             if getattr(event, "tag", None) is not None:
-                problems.append((_mark(name, event.start_mark), "a tag (!) is not read; write plain YAML"))
+                problems.append((mark, "a tag (!) is not read; write plain YAML"))
                 return None
         loader = yaml.SafeLoader(text)
         loader.name = name
@@ -82,19 +83,21 @@ def _compose_any(text: str, name: str, problems: Problems) -> Node | None:
         begun = f", begun in line {error.context_mark.line + 1}" if error.context_mark else ""
         context = f" ({error.context}{begun})" if error.context else ""
         hint = f"; {QUOTE}" if "alias" in str(error.context) else ""
-        problems.append((_mark(name, error.problem_mark), f"no valid YAML: {error.problem}{context}{hint}"))
+        line = error.problem_mark.line if error.problem_mark else -1
+        problems.append((_mark(name, line), f"no valid YAML: {error.problem}{context}{hint}"))
         return None
-    except yaml.YAMLError as error:  # a character that YAML does not allow
-        problems.append((_mark(name), f"no valid YAML: {str(error).splitlines()[0]}"))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        problems.append((_mark(name, line), f"no valid YAML: it holds the control character {error.character:#x}"))
         return None
     if root is not None:
         problems.extend(_find_faults(root))
     return root
 
 
-def _mark(name: str, at: object = None) -> yaml.Mark:
-    """The line of another mark under this name; the whole file, line -1, where there is none."""
-    return yaml.Mark(name, 0, getattr(at, "line", -1), 0, "", 0)
+def _mark(name: str, line: int = -1) -> yaml.Mark:
+    """A line, counted from 0, of what bears this name; the whole of it where no line is given."""
+    return yaml.Mark(name, 0, line, 0, "", 0)
 
 
 def _find_faults(node: Node) -> Iterator[Problem]:

@@ -37,13 +37,22 @@ def write_report(path: Path, results: dict[str, Any], recipe: str) -> None:
         ),
     ]
     if results["gates"]:
-        rows = [(g["metric"], g["subject"], g["limit"], g["value"], "passed" if g["passed"] else "FAILED") for g in results["gates"]]
+        rows = [
+            (g["metric"], g["subject"], g["limit"], g["value"], "passed" if g["passed"] else "FAILED")
+            for g in results["gates"]
+        ]
         parts += ["<h2>Gates</h2>", _table(("metric", "subject", "limit", "value", ""), rows)]
     if results["fallbacks"]:
-        parts += ["<h2>Fallbacks</h2>", _table(("what quietly did less than asked",), [(text,) for text in results["fallbacks"]])]
+        parts += [
+            "<h2>Fallbacks</h2>",
+            _table(("what quietly did less than asked",), [(text,) for text in results["fallbacks"]]),
+        ]
     linears = [(b["name"], b["scheme"], b.get("sqnr_db"), b.get("relative_output_error")) for b in results["blocks"]]
     stages = [(s["name"], s["seconds"], s["peak_rss_gib"], s["peak_gpu_gib"]) for s in results["stages"]]
-    exports = [(e["format"], e["path"], e["bytes"], "lossless" if e["lossless"] else "re-quantized") for e in results["exports"]]
+    exports = [
+        (e["format"], e["path"], e["bytes"], "lossless" if e["lossless"] else "re-quantized")
+        for e in results["exports"]
+    ]
     parts += [
         "<h2>Linears</h2>",
         _table(("linear", "scheme", "SQNR (dB)", "relative output error"), linears),

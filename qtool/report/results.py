@@ -8,7 +8,16 @@ from qtool.artifact import Artifact, Metric
 from qtool.errors import QtoolError
 
 SCHEMA = 1
-PACKAGES = ("qtool", "torch", "transformers", "safetensors", "datasets", "lm-eval", "compressed-tensors", "cupy-cuda13x")
+PACKAGES = (
+    "qtool",
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "lm-eval",
+    "compressed-tensors",
+    "cupy-cuda13x",
+)
 
 
 def metric_row(metric: Metric, subject: str) -> dict[str, Any]:

@@ -12,11 +12,20 @@ from qtool.options import ModelOptions
 # For each family: the groups of block 0 by last names, and the scalings as source -> consumers.
 ATTENTION, MLP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
 EXPECTED: dict[str, tuple[list[set[str]], set[str]]] = {
-    "llama": ([ATTENTION, {"o_proj"}, MLP, {"down_proj"}], {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"}),
+    "llama": (
+        [ATTENTION, {"o_proj"}, MLP, {"down_proj"}],
+        {"input_layernorm", "post_attention_layernorm", "v_proj", "up_proj"},
+    ),
     "gpt2": ([{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}], {"ln_1", "ln_2"}),
     "opt": ([ATTENTION, {"out_proj"}, {"fc1"}, {"fc2"}], {"self_attn_layer_norm", "final_layer_norm", "v_proj", "fc1"}),
-    "phi3": ([{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}], {"input_layernorm", "post_attention_layernorm"}),
-    "gemma3": ([ATTENTION, {"o_proj"}, MLP, {"down_proj"}], {"input_layernorm", "pre_feedforward_layernorm", "v_proj", "up_proj"}),
+    "phi3": (
+        [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}],
+        {"input_layernorm", "post_attention_layernorm"},
+    ),
+    "gemma3": (
+        [ATTENTION, {"o_proj"}, MLP, {"down_proj"}],
+        {"input_layernorm", "pre_feedforward_layernorm", "v_proj", "up_proj"},
+    ),
 }
 EXPECTED |= dict.fromkeys(("mistral", "qwen2", "qwen3"), EXPECTED["llama"])
 

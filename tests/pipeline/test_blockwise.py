@@ -27,10 +27,16 @@ def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], ModelHandle]]:
 
     def carry_out(model: Path, *steps: dict[str, Any], name: str = "out") -> tuple[dict[str, Any], ModelHandle]:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"model": str(model), "pipeline": [{"calibrate/text": CALIBRATION}, *steps]}, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(
+                {"model": str(model), "pipeline": [{"calibrate/text": CALIBRATION}, *steps]}, sort_keys=False
+            )
+        )
         recipe: Recipe = load(path)
         results = run_recipe(recipe, tmp_path / name, Silent())
-        folders = tuple(sorted(folder for folder in (tmp_path / name / "state").glob("*-*") if list(folder.glob("*.safetensors"))))
+        folders = tuple(
+            sorted(folder for folder in (tmp_path / name / "state").glob("*-*") if list(folder.glob("*.safetensors")))
+        )
         return results, ModelHandle(recipe.model, folders)
 
     return carry_out
@@ -67,7 +73,10 @@ def test_the_first_pattern_that_fits_decides_the_scheme(
     tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
 ) -> None:
     modules = {"layers.1.mlp.down_proj": "w8a16", "down_proj": "w3a16g32", "re:.*self_attn.*": "w2a16g64"}
-    results, _ = run(tiny_model("llama"), {"quantize/rtn": {"scheme": "w4a16g32", "modules": modules, "ignore": ["lm_head", "v_proj"]}})
+    results, _ = run(
+        tiny_model("llama"),
+        {"quantize/rtn": {"scheme": "w4a16g32", "modules": modules, "ignore": ["lm_head", "v_proj"]}},
+    )
     schemes = {row["name"].removeprefix("model.layers."): row["scheme"] for row in results["blocks"]}
     assert schemes["1.mlp.down_proj"] == "w8a16" and schemes["0.mlp.down_proj"] == "w3a16g32"
     assert schemes["0.self_attn.q_proj"] == "w2a16g64" and schemes["0.mlp.up_proj"] == "w4a16g32"

@@ -15,7 +15,7 @@ from qtool.registry import Method
 class CalibrationOptions(TextOptions):
     """Which text, and how much of it."""
 
-    samples: int = Field(128, ge=1, description="windows to take")  # type: ignore[assignment]
+    samples: int = Field(128, ge=1, description="windows to take")
 
 
 def text(model: ModelHandle, options: CalibrationOptions, seed: int) -> Tensor:

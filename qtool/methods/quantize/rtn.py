@@ -2,7 +2,7 @@
 
     Q = decode(encode(W)),   range of each group: all of it, or the shrunken range of least cost (see linalg/ranges.py)
     W, Q [out, in]    H [in, in] mean of x xᵀ, needed only where the range is searched by what inputs see
-Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; range `output`: Lin et al. 2023, arXiv:2306.00978, clip search.
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; range output: Lin et al. 2023, arXiv:2306.00978.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from qtool.calibration.statistics import LayerStats
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.linalg.ranges import Cost, diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
-from qtool.registry import Method, Needs
+from qtool.options import Needs
+from qtool.registry import Method
 
 
 class RtnOptions(SchemeSelection):
@@ -23,7 +24,7 @@ class RtnOptions(SchemeSelection):
 
     range: Literal["minmax", "mse", "hessian", "output"] = Field(
         "minmax",
-        description="a group's range: minmax, all of it; mse, of least error; hessian, of least error weighted by diag H; "
+        description="a group's range: minmax, all of it; mse, of least error; hessian, of least error times diag H; "
         "output, of least error in the group's part of the output (AWQ's clip search)",
     )
 

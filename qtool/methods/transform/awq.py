@@ -34,7 +34,11 @@ class AwqOptions(Options):
 
 
 def awq(
-    block: Block, scalings: list[Scaling], stats: dict[str, LayerStats], options: AwqOptions, note: Callable[[str], None]
+    block: Block,
+    scalings: list[Scaling],
+    stats: dict[str, LayerStats],
+    options: AwqOptions,
+    note: Callable[[str], None],
 ) -> Edits:
     """Edits with the best scale of every scaling of the block."""
     edits: Edits = {}

@@ -25,7 +25,11 @@ class FoldNormsOptions(Options):
 
 
 def fold_norms(
-    block: Block, scalings: list[Scaling], stats: dict[str, LayerStats], options: FoldNormsOptions, note: Callable[[str], None]
+    block: Block,
+    scalings: list[Scaling],
+    stats: dict[str, LayerStats],
+    options: FoldNormsOptions,
+    note: Callable[[str], None],
 ) -> Edits:
     """Edits that set every gain of the block to 1; a gain that holds a zero stays and is noted."""
     edits: Edits = {}

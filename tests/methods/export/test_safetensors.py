@@ -66,6 +66,14 @@ def test_bfloat16_weights_are_equal_to_the_bit(
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
 
+def test_experts_left_dense_are_written_too(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("mixtral"), {"self_attn.*": "w4a16g32"})
+    # float32 sums in another order: experts fused again
+    torch.testing.assert_close(reload(export(model, tmp_path / "out")), logits_of(model), rtol=1e-5, atol=1e-5)
+
+
 def test_a_tied_head_is_written_once(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
     out = export(model, tmp_path / "out")

@@ -7,6 +7,7 @@ The context is the up to 14 lines before `line`; the choices are four lines of t
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -26,5 +27,5 @@ def load(**metadata: object) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(rows)}
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()]

@@ -1,0 +1,238 @@
+"""The laws of each kind: properties that every member satisfies, run over the registry by the tests and by plugins.
+
+    of(load("quantize/gptq")) = {"codes_in_range": <function>, ...}; a law raises AssertionError where it is broken
+A law finds gross faults only; a published algorithm also needs a golden, an independent second form of itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.low_rank import LowRank
+from qtool.formats.packing import unpack_int32
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
+from qtool.options import Options
+from qtool.registry import Method
+
+Law = Callable[[Method], None]
+
+OUT, IN, TOKENS = 24, 96, 400  # `in` is no power of two
+SCHEMES = ("w4a16g32", "w3a16g32-asym", "w8a16", "w2a16g96")
+
+
+def of(method: Method) -> dict[str, Callable[[], None]]:
+    """The laws of the method's kind and scope by name, ready to be called."""
+    return {law.__name__: partial(law, method) for law in LAWS.get((method.kind, method.scope), ())}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear layer with correlated inputs of uneven strength, as real ones are."""
+
+    W: Tensor  # [out, in]
+    H: Tensor  # [in, in]
+    x: Tensor  # [tokens, in]
+
+    def loss(self, changed: Tensor) -> float:
+        """tr((W - Q) H (W - Q)ᵀ) of changed weights Q [out, in]."""
+        E = self.W - changed
+        return float(((E @ self.H) * E).sum())
+
+
+def linear_problem() -> Problem:
+    """The same problem on every call."""
+    random = torch.Generator().manual_seed(0)
+    mix = torch.randn(IN, IN, generator=random) * torch.rand(IN, generator=random) ** 2  # [in, in]
+    x = torch.randn(TOKENS, IN, generator=random) @ mix  # [tokens, in]
+    return Problem(torch.randn(OUT, IN, generator=random), x.T @ x / TOKENS, x)
+
+
+def statistics(method: Method, options: Options, problem: Problem) -> LayerStats | None:
+    """What the driver would hand to the method."""
+    needs = method.needed(options)
+    if needs == "nothing":
+        return None
+    stats = LayerStats(IN, needs)
+    stats.update(problem.x)
+    return stats
+
+
+# ---- quantize ----
+
+
+def run_quantize(method: Method, scheme: str, problem: Problem) -> QuantizedTensor:
+    options = method.options.model_validate({"scheme": scheme})
+    weights = Scheme.model_validate(scheme).weights
+    result = method.run(problem.W.clone(), statistics(method, options, problem), weights, options, lambda text: None)
+    assert isinstance(result, QuantizedTensor), f"{method.key} returns {type(result).__name__}, must be QuantizedTensor"
+    return result
+
+
+def codes_in_range(method: Method) -> None:
+    """Codes, zero points and shapes are what the scheme says."""
+    for scheme in SCHEMES:
+        problem = linear_problem()
+        tensor = run_quantize(method, scheme, problem)
+        grid = tensor.scheme.grid
+        least, most = int(tensor.codes.min()), int(tensor.codes.max())
+        assert tensor.scheme == Scheme.model_validate(scheme).weights, f"{scheme}: the result has another scheme"
+        assert tensor.shape == problem.W.shape, f"{scheme}: shape {tensor.shape}, must be {tuple(problem.W.shape)}"
+        assert grid.low <= least and most <= grid.high, f"{scheme}: codes from {least} to {most}"
+        shape = (OUT, to_groups(problem.W, tensor.scheme.group).shape[1])
+        assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {shape}"
+        assert bool((tensor.scale > 0).all()), f"{scheme}: a scale is not positive"
+        assert (tensor.zero is None) == tensor.scheme.symmetric, f"{scheme}: zero points contradict `symmetric`"
+        assert tensor.zero is None or int(tensor.zero.max()) <= grid.high, f"{scheme}: zero points out of range"
+
+
+def packing_is_lossless(method: Method) -> None:
+    """Packed codes unpack to themselves."""
+    for scheme in SCHEMES:
+        tensor = run_quantize(method, scheme, linear_problem())
+        unpacked = unpack_int32(tensor.packed(), tensor.scheme.bits, IN) + tensor.scheme.grid.low
+        assert torch.equal(unpacked.int(), tensor.codes.int()), f"{scheme}: packing changes codes"
+
+
+def grid_points_stay(method: Method) -> None:
+    """Rounding the result once more, by its own params, changes no code."""
+    for scheme in SCHEMES:
+        tensor = run_quantize(method, scheme, linear_problem())
+        again = quantize(tensor.dequantize(), tensor.scheme, tensor.params())
+        assert torch.equal(again.codes, tensor.codes), f"{scheme}: values are not on the grid of their params"
+
+
+def quantizing_is_deterministic(method: Method) -> None:
+    """Two runs give the same bits, and statistics are not used up."""
+    for scheme in SCHEMES:
+        first, second = (run_quantize(method, scheme, linear_problem()) for _ in range(2))
+        is_same = torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+        assert is_same, f"{scheme}: two runs differ"
+
+
+def loss_is_no_worse_than_rounding(method: Method) -> None:
+    """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range."""
+    for scheme in SCHEMES:
+        if method.needed(method.options.model_validate({"scheme": scheme})) in ("hessian", "inputs"):
+            problem = linear_problem()
+            tensor = run_quantize(method, scheme, problem)
+            loss = problem.loss(tensor.dequantize())
+            plain = problem.loss(quantize(problem.W, tensor.scheme).dequantize())
+            # Sums in float32 end in the sixth digit.
+            assert loss <= plain * (1 + 1e-5), f"{scheme}: proxy loss {loss:.4g}, rounding has {plain:.4g}"
+
+
+def quantizing_rows_apart_is_the_same(method: Method) -> None:
+    """A rowwise method gives an output channel the same codes with other channels beside it and without."""
+    if method.rowwise:
+        for scheme in SCHEMES:
+            problem = linear_problem()
+            whole = run_quantize(method, scheme, problem)
+            half = run_quantize(method, scheme, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
+            agree = float((whole.codes[: OUT // 2] == half.codes).float().mean())
+            # Float32 sums over other shapes may move a few codes.
+            assert agree > 0.98, f"{scheme}: {agree:.1%} of the codes agree"
+
+
+# ---- prune ----
+
+
+def run_prune(method: Method, choice: dict[str, object], problem: Problem) -> Tensor:
+    options = method.options.model_validate(choice)
+    result = method.run(problem.W.clone(), statistics(method, options, problem), options, lambda text: None)
+    assert isinstance(result, Tensor), f"{method.key} returns {type(result).__name__}, must be Tensor"
+    assert result.shape == problem.W.shape, f"shape {tuple(result.shape)}, must be {tuple(problem.W.shape)}"
+    assert bool(torch.isfinite(result).all()), f"{method.key} returns values that are not finite"
+    return result
+
+
+def sparsity_is_exact(method: Method) -> None:
+    """Of out · in weights exactly the asked share is zero."""
+    for sparsity in (0.25, 0.5, 0.75):  # shares of 96 columns that are whole numbers
+        zeros = int((run_prune(method, {"sparsity": sparsity}, linear_problem()) == 0).sum())
+        assert zeros == sparsity * OUT * IN, f"sparsity {sparsity}: {zeros} zeros, must be {sparsity * OUT * IN:.0f}"
+
+
+def pattern_is_exact(method: Method) -> None:
+    """Of every M neighbouring inputs exactly N stay."""
+    for keep, of_neighbours in ((2, 4), (1, 4), (4, 8)):
+        pruned = run_prune(method, {"pattern": f"{keep}:{of_neighbours}"}, linear_problem())
+        kept = (pruned.view(OUT, -1, of_neighbours) != 0).sum(-1)  # [out, in / M]
+        least, most = int(kept.min()), int(kept.max())
+        assert least == most == keep, f"pattern {keep}:{of_neighbours}: {least} to {most} stay"
+
+
+def no_sparsity_changes_nothing(method: Method) -> None:
+    """Sparsity 0 returns the weights to the bit."""
+    problem = linear_problem()
+    assert torch.equal(run_prune(method, {"sparsity": 0.0}, problem), problem.W), "sparsity 0 changes weights"
+
+
+def pruning_is_deterministic(method: Method) -> None:
+    """Two runs give the same bits."""
+    first, second = (run_prune(method, {"sparsity": 0.5}, linear_problem()) for _ in range(2))
+    assert torch.equal(first, second), "two runs differ"
+
+
+def pruning_rows_apart_is_the_same(method: Method) -> None:
+    """A rowwise method prunes an output channel the same way with other channels beside it and without."""
+    if method.rowwise:
+        problem = linear_problem()
+        whole = run_prune(method, {"sparsity": 0.5}, problem)
+        half = run_prune(method, {"sparsity": 0.5}, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
+        agree = float(((whole[: OUT // 2] == 0) == (half == 0)).float().mean())
+        assert agree > 0.98, f"{agree:.1%} of the mask agrees"
+
+
+# ---- factorize ----
+
+
+def run_factorize(method: Method, rank: int, problem: Problem) -> LowRank:
+    options = method.options.model_validate({"rank": rank})
+    result = method.run(problem.W.clone(), statistics(method, options, problem), options, lambda text: None)
+    assert isinstance(result, LowRank), f"{method.key} returns {type(result).__name__}, must be LowRank"
+    assert result.rank == rank, f"rank {result.rank}, must be {rank}"
+    return result
+
+
+def error_falls_with_rank(method: Method) -> None:
+    """More rank never costs more: by the proxy loss where the method sees inputs, else by the plain squared error."""
+    problem = linear_problem()
+    sees_inputs = method.needed(method.options.model_validate({"rank": 1})) != "nothing"
+    losses = []
+    for rank in (1, 4, 8, 16, OUT):
+        changed = run_factorize(method, rank, problem).multiply()
+        losses.append(problem.loss(changed) if sees_inputs else float((problem.W - changed).square().sum()))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0], f"losses by rising rank: {losses}"
+
+
+def full_rank_is_exact(method: Method) -> None:
+    """With all the rank that W has, the product is W."""
+    problem = linear_problem()
+    error = float((run_factorize(method, OUT, problem).multiply() - problem.W).norm() / problem.W.norm())
+    # A float32 decomposition; scaling by inputs and back loses two digits more.
+    assert error < 1e-4, f"relative error {error:.1e} at full rank"
+
+
+LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
+    ("quantize", "linear"): (
+        codes_in_range,
+        packing_is_lossless,
+        grid_points_stay,
+        quantizing_is_deterministic,
+        loss_is_no_worse_than_rounding,
+        quantizing_rows_apart_is_the_same,
+    ),
+    ("prune", "linear"): (
+        sparsity_is_exact,
+        pattern_is_exact,
+        no_sparsity_changes_nothing,
+        pruning_is_deterministic,
+        pruning_rows_apart_is_the_same,
+    ),
+    ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
+}

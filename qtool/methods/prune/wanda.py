@@ -1,0 +1,31 @@
+"""Wanda: prune by weight magnitude times the norm of the input it meets, without any update of the rest.
+
+    score S_ij = |W_ij| ‖X_j‖₂      W, S [out, in], compared within a row or within M neighbours of a row
+    ‖X_j‖₂² = tokens · H_jj         H [in, in] mean of x xᵀ; the factor is the same for all j and left away
+Source: Sun et al. 2023, arXiv:2306.11695, equation 1 and section 3. Differs: nothing.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.sparsity import SparsitySelection, choose
+from qtool.registry import Method
+
+
+class WandaOptions(SparsitySelection):
+    """Options of Wanda."""
+
+
+def wanda(W: Tensor, stats: LayerStats, options: WandaOptions, note: Callable[[str], None]) -> Tensor:
+    """W [out, in] float32, pruned entries zero; raises QtoolError where columns do not fit the pattern."""
+    scores = W.abs()  # [out, in]
+    if stats.n_tokens == 0:
+        note("no calibration token reached it; pruned by magnitude")
+    else:
+        scores *= stats.hessian().diagonal().sqrt()
+    return W.masked_fill(choose(scores, options), 0)
+
+
+METHOD = Method(run=wanda, options=WandaOptions, scope="linear", needs="hessian", rowwise=True)

@@ -1,0 +1,38 @@
+"""Every recipe that ships runs to the end on the demo model, on less text and with fewer training steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qtool.cli.main import app
+from qtool.recipe import load
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent.parent / "recipes").glob("*.yaml"))
+
+
+def smaller(path: Path) -> list[str]:
+    """Overrides that leave every step in and take seconds."""
+    found = ["model=demo", "gates={}"]
+    for number, step in enumerate(load(path).steps, 1):
+        if step.key in ("calibrate/text", "evaluate/perplexity", "evaluate/kl_divergence"):
+            split = "calibration" if step.key == "calibrate/text" else "test"
+            found.append(f"pipeline.{number}={{source: demo:{split}, samples: 2, length: 32}}")
+        elif step.key == "evaluate/lm_eval":
+            found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
+        elif step.key == "distill/logits":
+            found += [f"pipeline.{number}.steps=1", f"pipeline.{number}.batch=2"]
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_to_the_end(path: Path, tmp_path: Path) -> None:
+    overrides = [part for override in smaller(path) for part in ("--set", override)]
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), *overrides])
+    assert done.exit_code == 0, done.stderr + repr(done.exception)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    steps = [step.key for step in load(path).steps]
+    assert [stage["name"] for stage in results["stages"]][: len(steps)] == steps
+    assert {row["subject"] for row in results["metrics"]} >= {"original", "compressed"}
+    assert len(results["exports"]) == sum(key.startswith("export/") for key in steps)

@@ -1,0 +1,125 @@
+"""qtool as a real process: exit codes, streams, going on after Ctrl-C; and eval and export of a finished run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qtool.cli.main import app
+
+RECIPE = """\
+model: demo
+pipeline:
+  - calibrate/text: {source: demo:calibration, samples: 8, length: 64}
+  - quantize/gptq: {scheme: w4a16g128}
+  - evaluate/perplexity: {source: demo:test, samples: 2, length: 64}
+  - export/safetensors: {}
+gates:
+  perplexity: {max_increase: 90%}
+"""
+
+
+def start(cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "qtool", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def call(cwd: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    process = start(cwd, *arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `qtool run r.yaml --out out` has been interrupted in its quantize step, and then went on to the end."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "r.yaml").write_text(RECIPE)
+    process = start(folder, "run", "r.yaml", "--out", "out")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("quantize/gptq"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
+    assert not (folder / "out" / "results.json").exists()
+    code, out, err = call(folder, "run", "r.yaml", "--out", "out", "--json")
+    assert code == 0, err
+    (folder / "stdout.json").write_text(out)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("run", "--help"), ("init", "--help")])
+def test_help_and_lists_do_not_import_torch(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom qtool.cli.main import app\n"
+        f"app({list(arguments)!r}, standalone_mode=False)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr == "False False\n"
+
+
+def test_an_interrupted_run_exits_130_and_the_same_command_ends_it_with_json_alone_on_stdout(folder: Path) -> None:
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["status"] == "done"
+    assert json.loads((folder / "stdout.json").read_text()) == results
+    assert (folder / "out" / "exports" / "safetensors" / "model.safetensors").is_file()
+
+
+def test_a_failed_gate_exits_3_and_names_the_gate(folder: Path) -> None:
+    (folder / "strict.yaml").write_text("extends: r.yaml\ngates:\n  perplexity: {max: 1}\n")
+    code, out, err = call(folder, "run", "strict.yaml", "--device", "cpu")
+    assert code == 3, err
+    assert "gate  FAILED  perplexity max: 1" in out and "bits per weight" in out and "\x1b" not in out
+    assert json.loads((folder / "runs" / "strict" / "results.json").read_text())["status"] == "gate-failed"
+
+
+# ---- inside this process, which has imported torch already ----
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_finished_run_is_shown_again_without_doing_anything_twice(folder: Path) -> None:
+    shown = invoke("run", folder / "r.yaml", "--out", folder / "out")
+    assert shown.exit_code == 0
+    assert "gate  passed" in shown.stdout and "quantize/gptq: " not in shown.stdout
+
+
+def test_another_recipe_in_the_same_folder_exits_2(folder: Path) -> None:
+    refused = invoke("run", folder / "r.yaml", "--out", folder / "out", "--set", "seed=5")
+    assert refused.exit_code == 2
+    assert "holds a run with another recipe" in refused.stderr and "--fresh" in refused.stderr
+
+
+def test_eval_measures_a_run_by_its_own_steps_and_by_stated_ones(folder: Path) -> None:
+    measured = invoke("eval", folder / "out", "--json")
+    assert measured.exit_code == 0, measured.stderr
+    recorded = json.loads((folder / "out" / "results.json").read_text())["metrics"]
+    for row in json.loads(measured.stdout)["metrics"]:
+        (same,) = [r for r in recorded if (r["name"], r["subject"]) == (row["name"], row["subject"])]
+        # The same protocol on the same weights: only the order of float32 sums may differ.
+        assert row["value"] == pytest.approx(same["value"], rel=1e-5)
+    windows = ("--length", "32", "--samples", "2")
+    measured = invoke("eval", folder / "out", "--source", "demo:validation", *windows)
+    assert measured.exit_code == 0, measured.stderr
+    assert "demo:validation" in measured.stdout and "compressed" in measured.stdout
+
+
+def test_export_writes_another_format_of_a_finished_run(folder: Path) -> None:
+    written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", folder / "packed")
+    assert written.exit_code == 0, written.stderr
+    assert "exactly the run's weights" in written.stdout
+    assert (folder / "packed" / "config.json").is_file()

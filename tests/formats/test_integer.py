@@ -1,0 +1,86 @@
+"""The integer grid: every code point, its bounds, its zeros and the dtype its scales are stored in."""
+
+import pytest
+import torch
+
+from qtool.formats.integer import SCALE_DTYPES, IntegerGrid, Params
+
+GRIDS = [IntegerGrid(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
+IDS = [f"{grid.bits}-{'symmetric' if grid.symmetric else 'asymmetric'}" for grid in GRIDS]
+
+
+def values(seed: int = 0) -> torch.Tensor:
+    """[rows, group] of many scales and offsets."""
+    random = torch.Generator().manual_seed(seed)
+    shift = torch.linspace(-3, 3, 32).view(-1, 1)  # [rows, 1]
+    return torch.randn(32, 48, generator=random) * 10 ** torch.linspace(-4, 3, 32).view(-1, 1) + shift
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_every_code_point_decodes_to_its_value_and_back(grid: IntegerGrid) -> None:
+    codes = torch.arange(grid.low, grid.high + 1).float()  # [codes]
+    assert len(codes) == 2**grid.bits
+    for scale in (0.0078125, 0.3, 7.0):
+        for zero in [None] if grid.symmetric else range(grid.high + 1):
+            params = Params(torch.tensor([scale]), None if zero is None else torch.tensor([float(zero)]))
+            expected = [scale * (code - (zero or 0)) for code in range(grid.low, grid.high + 1)]
+            decoded = grid.decode(codes, params)
+            # One float32 product against the same in float64.
+            assert torch.allclose(decoded, torch.tensor(expected), rtol=1e-6, atol=0)
+            assert torch.equal(grid.encode(decoded, params), codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_every_code_is_the_nearest_one(grid: IntegerGrid) -> None:
+    w = values()
+    params = grid.fit(w)
+    levels = grid.decode(torch.arange(grid.low, grid.high + 1).float(), params)  # [rows, codes]
+    nearest = (w.unsqueeze(-1) - levels.unsqueeze(1)).abs().amin(-1)  # [rows, group]
+    # A value half way between two levels may go to either: float32 division decides in the last digit.
+    assert torch.allclose((grid.snap(w, params) - w).abs(), nearest, rtol=1e-4, atol=float(1e-5 * params.scale.max()))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_snapping_twice_is_snapping_once(grid: IntegerGrid) -> None:
+    w = values()
+    params = grid.fit(w)
+    once = grid.snap(w, params)
+    assert torch.equal(grid.snap(once, params), once)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_the_full_range_clips_nothing_by_more_than_half_a_step(grid: IntegerGrid) -> None:
+    w = values()
+    params = IntegerGrid(grid.bits, grid.symmetric, "float32").fit(w)
+    steps = (grid.snap(w, params) - w).abs() / params.scale
+    # Asymmetric: rounding the zero point may push the far end out by half a step more.
+    assert float(steps.max()) <= (0.5 if grid.symmetric else 1.0) + 1e-3
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_zero_is_a_level_whatever_the_range(grid: IntegerGrid) -> None:
+    for w in (torch.tensor([[3.0, 5.0]]), torch.tensor([[-5.0, -3.0]]), torch.tensor([[-1.0, 7.0]])):
+        params = grid.fit(w)
+        assert grid.snap(torch.zeros(1, 1), params).item() == 0
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_an_all_zero_group_stays_zero_with_a_scale_of_one(grid: IntegerGrid) -> None:
+    params = grid.fit(torch.zeros(2, 8))
+    assert torch.equal(params.scale, torch.ones(2, 1))
+    assert torch.equal(grid.snap(torch.zeros(2, 8), params), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("name", SCALE_DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_are_exact_in_the_dtype_they_are_stored_in(name: str, symmetric: bool) -> None:
+    scale = IntegerGrid(4, symmetric, name).fit(values()).scale
+    assert torch.equal(scale.to(SCALE_DTYPES[name]).float(), scale)
+
+
+def test_hand_worked_codes_of_both_kinds() -> None:
+    w = torch.tensor([[-1.0, 0.0, 0.4, 2.0]])
+    symmetric = IntegerGrid(3, True, "float32")  # scale = 2 / 3.5
+    assert symmetric.encode(w, symmetric.fit(w)).tolist() == [[-2.0, 0.0, 1.0, 3.0]]
+    asymmetric = IntegerGrid(2, False, "float32")  # scale = 3 / 3, zero = 1
+    assert asymmetric.encode(w, asymmetric.fit(w)).tolist() == [[0.0, 1.0, 1.0, 3.0]]

@@ -1,0 +1,63 @@
+"""Schemes: the shorthand means what the long form means, and nothing else is taken."""
+
+import pytest
+from pydantic import ValidationError
+
+from qtool.formats.integer import IntegerGrid
+from qtool.formats.scheme import Scheme, SchemeSelection
+
+SAME = {
+    "w4a16g128": {"weights": {"bits": 4, "group": 128}},
+    "w3a16g64-asym": {"weights": {"bits": 3, "group": 64, "symmetric": False}},
+    "w8a16": {"weights": {"bits": 8}},
+    "w8a8": {"weights": {"bits": 8}, "activations": {"bits": 8}},
+    "w4a4kv4": {"weights": {"bits": 4}, "activations": {"bits": 4}, "kv": {"bits": 4}},
+    "w4a8kv8g32-asym": {
+        "weights": {"bits": 4, "group": 32, "symmetric": False},
+        "activations": {"bits": 8},
+        "kv": {"bits": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("short", SAME)
+def test_the_shorthand_equals_the_long_form(short: str) -> None:
+    assert Scheme.model_validate(short) == Scheme.model_validate(SAME[short])
+
+
+@pytest.mark.parametrize("short", SAME)
+def test_a_scheme_prints_as_its_shorthand(short: str) -> None:
+    assert str(Scheme.model_validate(short)) == short
+
+
+def test_sixteen_bits_may_be_left_unsaid() -> None:
+    assert Scheme.model_validate("w4g128") == Scheme.model_validate("w4a16kv16g128")
+
+
+@pytest.mark.parametrize("text", ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "W4A16"])
+def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
+    with pytest.raises(ValidationError, match=r"write w<bits>a<bits>"):
+        Scheme.model_validate(text)
+
+
+@pytest.mark.parametrize("text", ["w1a16", "w9a16", "w4a16g4", "w4a2", "w4a16kv1"])
+def test_a_number_out_of_range_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal|less than or equal"):
+        Scheme.model_validate(text)
+
+
+def test_the_weights_part_gives_its_grid() -> None:
+    weights = Scheme.model_validate({"weights": {"bits": 3, "symmetric": False, "scale_dtype": "float16"}}).weights
+    assert weights.grid == IntegerGrid(3, False, "float16")
+
+
+def test_the_first_pattern_that_fits_gives_the_scheme() -> None:
+    modules = {"layers.0.*": "w8a16", "down_proj": "w3a16g32", "*.down_proj": "w2a16"}
+    options = SchemeSelection.model_validate({"scheme": "w4a16", "modules": modules, "ignore": ["re:.*lm_head"]})
+    names = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj", "lm_head")
+    assert [str(options.scheme_of(name)) for name in names] == ["w8a16", "w3a16g32", "w4a16", "None"]
+    assert options.patterns() == ("re:.*lm_head", *modules)
+
+
+def test_patterns_nobody_wrote_need_not_match() -> None:
+    assert SchemeSelection.model_validate({"scheme": "w4a16"}).patterns() == ()

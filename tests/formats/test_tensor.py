@@ -1,0 +1,78 @@
+"""QuantizedTensor: decoding, counting of stored bytes, slicing, and groups that must divide."""
+
+import pytest
+import torch
+
+from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRank
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
+
+SCHEMES = ["w4a16g32", "w3a16g32-asym", "w8a16", "w2a16-asym"]
+
+
+def weights(rows: int = 6, columns: int = 96) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_decoding_is_scale_times_code_minus_zero(short: str) -> None:
+    scheme = Scheme.model_validate(short).weights
+    tensor = quantize(weights(), scheme)
+    group = scheme.group or 96
+    decoded = tensor.dequantize()
+    for row in range(6):
+        for column in range(96):
+            zero = 0 if tensor.zero is None else int(tensor.zero[row, column // group])
+            value = float(tensor.scale[row, column // group]) * (int(tensor.codes[row, column]) - zero)
+            assert float(decoded[row, column]) == pytest.approx(value, rel=1e-6)  # one float32 product
+
+
+def test_bits_per_weight_count_codes_scales_and_zero_points() -> None:
+    # 8 rows of 256: codes 4 bits, two bfloat16 scales a row, zero points 4 bits each in whole words of 8 rows.
+    symmetric = quantize(weights(8, 256), Scheme.model_validate("w4a16g128").weights)
+    assert symmetric.bits_per_weight == 4 + 16 / 128
+    asymmetric = quantize(weights(8, 256), Scheme.model_validate("w4a16g128-asym").weights)
+    assert asymmetric.bits_per_weight == 4 + (16 + 4) / 128
+
+
+def test_three_bits_take_the_words_they_are_stored_in() -> None:
+    tensor = quantize(weights(4, 100), Scheme.model_validate("w3a16").weights)
+    assert tensor.stored_bytes == 4 * 10 * 4 + 4 * 2  # 300 bits a row take ten words, and one bfloat16 scale
+    assert tensor.packed().numel() * 4 + tensor.scale.numel() * 2 == tensor.stored_bytes
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_rows_decode_to_the_rows_of_the_whole(short: str) -> None:
+    tensor = quantize(weights(), Scheme.model_validate(short).weights)
+    part = tensor.rows(2, 5)
+    assert part.shape == (3, 96) and torch.equal(part.dequantize(), tensor.dequantize()[2:5])
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_quantizing_the_decoded_weights_by_the_same_params_changes_nothing(short: str) -> None:
+    tensor = quantize(weights(), Scheme.model_validate(short).weights)
+    again = quantize(tensor.dequantize(), tensor.scheme, tensor.params())
+    assert torch.equal(again.codes, tensor.codes) and torch.equal(again.scale, tensor.scale)
+
+
+def test_codes_take_one_byte_and_scales_their_stated_dtype() -> None:
+    long = {"weights": {"bits": 8, "symmetric": False, "scale_dtype": "float16"}}
+    tensor = quantize(weights(), Scheme.model_validate(long).weights)
+    assert isinstance(tensor, QuantizedTensor) and tensor.zero is not None
+    assert (tensor.codes.dtype, tensor.zero.dtype, tensor.scale.dtype) == (torch.uint8, torch.uint8, torch.float16)
+    assert quantize(weights(), Scheme.model_validate("w8a16").weights).codes.dtype == torch.int8
+
+
+def test_columns_that_do_not_divide_are_refused_with_groups_that_do() -> None:
+    with pytest.raises(QtoolError, match=r"96 columns do not divide into groups of 128; use 32"):
+        to_groups(weights(), 128)
+    with pytest.raises(QtoolError, match="one group per row"):
+        to_groups(weights(2, 50), 32)
+
+
+def test_a_low_rank_product_has_the_shape_and_values_of_its_factors() -> None:
+    left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
+    low_rank = LowRank(left, right)
+    assert low_rank.rank == 1
+    assert low_rank.multiply().tolist() == [[3.0, 4.0, 5.0], [6.0, 8.0, 10.0]]

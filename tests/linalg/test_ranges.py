@@ -1,0 +1,95 @@
+"""Range search: the range of least cost, found again by trying each one alone in float64."""
+
+import pytest
+import torch
+
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.integer import IntegerGrid
+from qtool.linalg import ranges
+from qtool.linalg.ranges import diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
+
+GRIDS = [IntegerGrid(3, True), IntegerGrid(4, False), IntegerGrid(8, True)]
+IDS = ["3-symmetric", "4-asymmetric", "8-symmetric"]
+OUT, GROUPS, GROUP = 5, 3, 12
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """w [out, groups, group] with outliers, x [tokens, in] correlated."""
+    random = torch.Generator().manual_seed(0)
+    w = torch.randn(OUT, GROUPS, GROUP, generator=random)
+    w[:, :, 0] *= 3
+    n_in = GROUPS * GROUP
+    x = torch.randn(64, n_in, generator=random) @ torch.randn(n_in, n_in, generator=random)
+    return w, x
+
+
+def brute(w: torch.Tensor, grid: IntegerGrid, cost: object) -> float:
+    """Least cost(error) over every shrunken range of one group w [group]."""
+    costs = []
+    for step in range(ranges.STEPS + 1):
+        shrink = 1 - (1 - ranges.SMALLEST) * step / ranges.STEPS
+        params = grid.fit_range(shrink * w.min().reshape(1), shrink * w.max().reshape(1))
+        costs.append(float(cost((grid.snap(w, params) - w).double())))  # type: ignore[operator]
+    return min(costs)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+@pytest.mark.parametrize("name", ["plain", "weighted", "output"])
+def test_the_search_finds_the_least_cost_of_all_ranges(grid: IntegerGrid, name: str) -> None:
+    w, x = problem()
+    stats = LayerStats(GROUPS * GROUP, "hessian")
+    stats.update(x)
+    H = stats.hessian()
+    weights = H.diagonal().reshape(GROUPS, GROUP)
+    output = output_cost(diagonal_blocks(H, GROUP))
+    found = search_range(w, grid, {"plain": plain_cost, "weighted": weighted_cost(weights), "output": output}[name])
+    error = (grid.snap(w, found) - w).double()  # [out, groups, group]
+    for g in range(GROUPS):
+        part = x[:, g * GROUP : (g + 1) * GROUP].double()  # [tokens, group]
+        costs = {
+            "plain": lambda e: (e.abs() ** 2.4).sum(),
+            "weighted": lambda e, g=g: sum(float(weights[g, j]) * float(e[j]) ** 2 for j in range(GROUP)),
+            "output": lambda e, part=part: ((part @ e) ** 2).mean(),  # over the tokens themselves, not their Hessian
+        }
+        for o in range(OUT):
+            # Costs in float32 may tie within their last digits.
+            assert float(costs[name](error[o, g])) == pytest.approx(brute(w[o, g], grid, costs[name]), rel=1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_the_search_is_never_worse_than_the_full_range(grid: IntegerGrid) -> None:
+    w, _ = problem()
+    searched, full = search_range(w, grid, plain_cost), grid.fit(w)
+    assert bool((plain_cost(grid.snap(w, searched) - w) <= plain_cost(grid.snap(w, full) - w)).all())
+
+
+def test_an_outlier_that_no_input_reaches_is_clipped() -> None:
+    w = torch.ones(1, 1, 8)
+    w[0, 0, 0] = 2.0
+    weights = torch.ones(1, 8)
+    weights[0, 0] = 0
+    grid = IntegerGrid(2, True, "float32")
+    assert float(search_range(w, grid, weighted_cost(weights)).scale) < float(grid.fit(w).scale)
+
+
+def test_a_group_without_any_weight_keeps_the_full_range() -> None:
+    w, _ = problem()
+    grid = IntegerGrid(3, True)
+    assert torch.equal(search_range(w, grid, weighted_cost(torch.zeros(GROUPS, GROUP))).scale, grid.fit(w).scale)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=IDS)
+def test_chunks_of_rows_give_what_all_rows_give(grid: IntegerGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, _ = problem()
+    whole = search_range(w, grid, plain_cost)
+    monkeypatch.setattr(ranges, "CHUNK", 1)
+    parts = search_range(w, grid, plain_cost)
+    assert torch.equal(whole.scale, parts.scale)
+    assert (whole.zero is None) == (parts.zero is None) == grid.symmetric
+    assert whole.zero is None or parts.zero is None or torch.equal(whole.zero, parts.zero)
+
+
+def test_diagonal_blocks_are_the_blocks_on_the_diagonal() -> None:
+    H = torch.arange(36.0).view(6, 6)
+    blocks = diagonal_blocks(H, 3)
+    assert torch.equal(blocks[0], H[:3, :3]) and torch.equal(blocks[1], H[3:, 3:])

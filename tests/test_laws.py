@@ -1,0 +1,138 @@
+"""Every registered method satisfies the laws of its kind, and each law catches a method that breaks it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtool import laws, registry
+from qtool.calibration.statistics import LayerStats
+from qtool.formats.low_rank import LowRank
+from qtool.formats.scheme import SchemeSelection, WeightScheme
+from qtool.formats.sparsity import SparsitySelection, choose
+from qtool.formats.tensor import QuantizedTensor, quantize
+from qtool.options import Selection
+from qtool.registry import Method
+
+Note = Callable[[str], None]
+HELD = [(key, name) for key in registry.list_methods() for name in registry.laws(key)]
+
+
+@pytest.mark.parametrize(("key", "law"), HELD, ids=[f"{key}-{law}" for key, law in HELD])
+def test_a_registered_method_satisfies_the_laws_of_its_kind(key: str, law: str) -> None:
+    registry.laws(key)[law]()
+
+
+@pytest.mark.parametrize("kind", ["quantize", "prune"])
+def test_every_method_that_changes_linears_has_laws(kind: str) -> None:
+    keys = [key for key in registry.list_methods() if key.startswith(f"{kind}/")]
+    assert keys and all(registry.laws(key) for key in keys)
+
+
+# ---- a method for each law to catch: sound in everything else ----
+
+
+def too_high(W: Tensor, stats: LayerStats, scheme: WeightScheme, options: Selection, note: Note) -> QuantizedTensor:
+    tensor = quantize(W, scheme)
+    return replace(tensor, codes=tensor.codes + 1)
+
+
+def other_scheme(W: Tensor, stats: LayerStats, scheme: WeightScheme, options: Selection, note: Note) -> QuantizedTensor:
+    return quantize(W, WeightScheme(bits=4, group=32))
+
+
+def halved(W: Tensor, stats: LayerStats, scheme: WeightScheme, options: Selection, note: Note) -> QuantizedTensor:
+    return quantize(W, scheme, scheme.grid.fit(W.view(len(W), -1, scheme.group or W.shape[1]) / 8))
+
+
+def dithered(W: Tensor, stats: LayerStats, scheme: WeightScheme, options: Selection, note: Note) -> QuantizedTensor:
+    return quantize(W * (1 + 0.3 * torch.rand_like(W)), scheme)
+
+
+def by_others(W: Tensor, stats: LayerStats, scheme: WeightScheme, options: Selection, note: Note) -> QuantizedTensor:
+    return quantize(W - W.mean(0), scheme)
+
+
+def one_short(W: Tensor, stats: LayerStats, options: SparsitySelection, note: Note) -> Tensor:
+    mask = choose(W.abs(), options)
+    mask[0, int(mask[0].float().argmax())] = False
+    return W.masked_fill(mask, 0)
+
+
+def ignores_pattern(W: Tensor, stats: LayerStats, options: SparsitySelection, note: Note) -> Tensor:
+    return W.masked_fill(choose(W.abs(), SparsitySelection(sparsity=options.sparsity)), 0)
+
+
+def always_updates(W: Tensor, stats: LayerStats, options: SparsitySelection, note: Note) -> Tensor:
+    return (W * 1.01).masked_fill(choose(W.abs(), options), 0)
+
+
+def by_chance(W: Tensor, stats: LayerStats, options: SparsitySelection, note: Note) -> Tensor:
+    return W.masked_fill(choose(torch.rand_like(W), options), 0)
+
+
+def by_other_rows(W: Tensor, stats: LayerStats, options: SparsitySelection, note: Note) -> Tensor:
+    return W.masked_fill(choose((W - W.mean(0)).abs(), options), 0)
+
+
+BROKEN = [
+    ("quantize", too_high, "codes_in_range"),
+    ("quantize", other_scheme, "codes_in_range"),
+    ("quantize", too_high, "packing_is_lossless"),
+    ("quantize", too_high, "grid_points_stay"),
+    ("quantize", halved, "loss_is_no_worse_than_rounding"),
+    ("quantize", dithered, "quantizing_is_deterministic"),
+    ("quantize", by_others, "quantizing_rows_apart_is_the_same"),
+    ("prune", one_short, "sparsity_is_exact"),
+    ("prune", ignores_pattern, "pattern_is_exact"),
+    ("prune", always_updates, "no_sparsity_changes_nothing"),
+    ("prune", by_chance, "pruning_is_deterministic"),
+    ("prune", by_other_rows, "pruning_rows_apart_is_the_same"),
+]
+
+
+@pytest.mark.parametrize(("kind", "run", "law"), BROKEN, ids=[f"{run.__name__}-{law}" for _, run, law in BROKEN])
+def test_a_law_catches_a_method_that_breaks_it(kind: str, run: Callable[..., object], law: str) -> None:
+    options = SchemeSelection if kind == "quantize" else SparsitySelection
+    method = Method(run=run, options=options, scope="linear", needs="hessian", rowwise=True, key=f"{kind}/broken")
+    with pytest.raises(AssertionError):
+        laws.of(method)[law]()
+
+
+# ---- factorize: its laws wait for their first member; a truncated SVD satisfies them ----
+
+
+class SvdOptions(Selection):
+    rank: int = Field(ge=1, description="columns of the left factor")
+
+
+def svd(W: Tensor, stats: LayerStats | None, options: SvdOptions, note: Note) -> LowRank:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return LowRank(U[:, : options.rank] * S[: options.rank], V[: options.rank])
+
+
+def svd_of_the_smallest(W: Tensor, stats: LayerStats | None, options: SvdOptions, note: Note) -> LowRank:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return LowRank(U[:, -options.rank :] * S[-options.rank :] * 0.9, V[-options.rank :])
+
+
+def svd_misreading_rank(W: Tensor, stats: LayerStats | None, options: SvdOptions, note: Note) -> LowRank:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    noise = options.rank * torch.ones_like(W[:1])
+    return LowRank(U[:, : options.rank] * S[: options.rank], V[: options.rank] + noise)
+
+
+@pytest.mark.parametrize("law", ["error_falls_with_rank", "full_rank_is_exact"])
+def test_a_truncated_svd_satisfies_the_laws_of_factorize(law: str) -> None:
+    laws.of(Method(run=svd, options=SvdOptions, scope="linear", key="factorize/svd"))[law]()
+
+
+@pytest.mark.parametrize(
+    ("run", "law"), [(svd_of_the_smallest, "full_rank_is_exact"), (svd_misreading_rank, "error_falls_with_rank")]
+)
+def test_the_laws_of_factorize_catch_a_broken_member(run: Callable[..., LowRank], law: str) -> None:
+    with pytest.raises(AssertionError):
+        laws.of(Method(run=run, options=SvdOptions, scope="linear", key="factorize/broken"))[law]()
