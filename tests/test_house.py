@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "artifact": (4, set()),
     "registry": (5, set()),
     "methods": (6, {"torch", "pydantic"}),
-    "laws": (6, {"torch"}),
+    "laws": (6, {"torch", "transformers"}),
     "recipe": (7, {"yaml", "pydantic"}),
     "pipeline": (7, {"torch"}),
     "report": (7, set()),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool import laws, registry
+from qtool.artifact import Artifact, Metric, describe_folder
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.sparsity import SparsitySelection, choose
 from qtool.formats.tensor import QuantizedTensor, quantize
-from qtool.options import Selection
-from qtool.registry import Method
+from qtool.model.handle import Block, ModelHandle
+from qtool.model.wiring import Edits, Scaling, scale_edits
+from qtool.model.writer import write_checkpoint
+from qtool.options import Options, Selection
+from qtool.registry import Method, Scope
 
 Note = Callable[[str], None]
 HELD = [(key, name) for key in registry.list_methods() for name in registry.laws(key)]
@@ -26,8 +31,8 @@ def test_a_registered_method_satisfies_the_laws_of_its_kind(key: str, law: str) 
     registry.laws(key)[law]()
 
 
-@pytest.mark.parametrize("kind", ["quantize", "prune"])
-def test_every_method_that_changes_linears_has_laws(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["transform", "quantize", "prune", "distill", "evaluate", "export"])
+def test_every_method_that_changes_or_judges_a_model_has_laws(kind: str) -> None:
     keys = [key for key in registry.list_methods() if key.startswith(f"{kind}/")]
     assert keys and all(registry.laws(key) for key in keys)
 
@@ -136,3 +141,47 @@ def test_a_truncated_svd_satisfies_the_laws_of_factorize(law: str) -> None:
 def test_the_laws_of_factorize_catch_a_broken_member(run: Callable[..., LowRank], law: str) -> None:
     with pytest.raises(AssertionError):
         laws.of(Method(run=run, options=SvdOptions, scope="linear", key="factorize/broken"))[law]()
+
+
+# ---- the laws of methods that see a model ----
+
+
+def scale_without_consumers(block: Block, scalings: list[Scaling], *rest: object) -> Edits:
+    return {f"{scalings[0].source}.weight": torch.full((64,), 2.0)}
+
+
+def scale_by_chance(block: Block, scalings: list[Scaling], *rest: object) -> Edits:
+    return scale_edits(block, scalings[0], torch.rand(64) + 0.5)
+
+
+def not_lowest_at_the_teacher(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    return -(student - teacher).square().mean()
+
+
+def infinite_gradient(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    return (student - teacher).exp().sum()
+
+
+def unrepeatable(model: ModelHandle, reference: ModelHandle, options: Options, seed: int) -> list[Metric]:
+    return [Metric("chance", "none", float(torch.rand(())), "fraction")]
+
+
+def export_of_the_original(model: ModelHandle, out: Path, options: Options) -> Artifact:
+    write_checkpoint(ModelHandle(model.options), out)
+    return describe_folder("broken", out, lossless=True)
+
+
+BROKEN_ON_MODELS = [
+    ("transform", "block", scale_without_consumers, "transforming_keeps_the_output"),
+    ("transform", "block", scale_by_chance, "transforming_is_deterministic"),
+    ("distill", "training", not_lowest_at_the_teacher, "the_loss_is_smallest_at_the_teacher"),
+    ("distill", "training", infinite_gradient, "the_gradient_is_finite"),
+    ("evaluate", "model", unrepeatable, "evaluating_repeats"),
+    ("export", "model", export_of_the_original, "exported_bytes_are_the_model"),
+]
+
+
+@pytest.mark.parametrize(("kind", "scope", "run", "law"), BROKEN_ON_MODELS, ids=[row[3] for row in BROKEN_ON_MODELS])
+def test_a_law_catches_a_broken_method_on_a_model(kind: str, scope: Scope, run: Callable[..., object], law: str) -> None:
+    with pytest.raises(AssertionError):
+        laws.of(Method(run=run, options=Options, scope=scope, key=f"{kind}/broken"))[law]()

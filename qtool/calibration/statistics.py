@@ -18,7 +18,7 @@ class LayerStats:
         self._needs = needs
         self._amax = torch.zeros(n_features, device=device)
         self._sum_abs = torch.zeros(n_features, device=device)
-        self._gram = torch.zeros(n_features, n_features, device=device) if needs in ("hessian", "inputs") else None
+        self._mean_square = torch.zeros(n_features, n_features, device=device) if needs in ("hessian", "inputs") else None
         self._inputs: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
@@ -30,19 +30,20 @@ class LayerStats:
         magnitude = wide.abs()
         self._amax = torch.maximum(self._amax, magnitude.amax(0))
         self._sum_abs += magnitude.sum(0)
-        if self._gram is not None:
-            self._gram.addmm_(wide.T, wide)  # [in, in]
+        if self._mean_square is not None:  # a running mean, so that reading it copies nothing
+            share = len(wide) / self.n_tokens
+            self._mean_square.addmm_(wide.T, wide, beta=1 - share, alpha=share / len(wide))  # [in, in]
         if self._needs == "inputs":
             self._inputs.append(x.detach())
 
     @property
     def has_hessian(self) -> bool:
-        return self._gram is not None
+        return self._mean_square is not None
 
     def hessian(self) -> Tensor:
-        """Mean of x xᵀ, [in, in]; zeros where no token came."""
-        assert self._gram is not None, "hessian() of statistics gathered without it"
-        return self._gram / max(self.n_tokens, 1)
+        """Mean of x xᵀ, [in, in], not a copy; zeros where no token came."""
+        assert self._mean_square is not None, "hessian() of statistics gathered without it"
+        return self._mean_square
 
     def amax(self) -> Tensor:
         """Largest magnitude per input channel, [in]."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qtool.cli.interrupt import interruptible
 from qtool.cli.options import Device, Json, Overrides, RecipeArgument
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_summary
@@ -22,7 +23,7 @@ def run(
     json_only: Json = False,
 ) -> None:
     """Carry out a recipe. The same command goes on where an interrupted run stopped."""
-    try:
+    with interruptible("the same command goes on from here"):
         from qtool.recipe import load  # here, as in every verb, so that help need not wait for it
 
         loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
@@ -31,9 +32,6 @@ def run(
             from qtool.pipeline.run import run_recipe  # here, because it imports torch
 
             results = run_recipe(loaded, folder, progress, fresh=fresh)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
     if json_only:
         print(json.dumps(results, indent=1))
     else:

@@ -8,6 +8,7 @@ Why no special case for dead columns (H_cc = 0): damping alone is their curvatur
 disturb no other column, hardly count in a range search, and their weights survive for inputs that calibration missed.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,20 +17,23 @@ from torch import Tensor
 from qtool.errors import QtoolError
 
 
-def inverse_factor(H: Tensor, damp: float, note: Callable[[str], None]) -> Tensor:
-    """U [in, in] of H [in, in]; the identity where H is zero, as nothing is known then.
+def inverse_factor(H: Tensor, damp: float, note: Callable[[str], None], order: Tensor | None = None) -> Tensor:
+    """U [in, in] of H [in, in], its columns taken in `order` [in]; the identity where H is zero, as nothing is known then.
 
     Damping that is too little is multiplied by ten, up to 1, and noted. Raises QtoolError where H is not finite.
+    H is only read; beside it at most two matrices of its size are in memory at once.
     """
-    mean = H.diagonal().mean()
-    if not torch.isfinite(H).all():
+    mean = float(H.diagonal().mean())
+    if not math.isfinite(mean) or not torch.isfinite(H).all():
         raise QtoolError("the Hessian holds NaN or infinity; check the model's weights and load it with dtype: float32")
-    identity: Tensor = torch.eye(len(H), device=H.device)  # [in, in]
     if mean == 0:
-        return identity
+        return torch.eye(len(H), device=H.device)
+    turns = torch.arange(len(H), device=H.device) if order is None else order
     level = damp
     while True:
-        R, info = torch.linalg.cholesky_ex(H.flip(0, 1) + level * mean * identity)  # [in, in], lower, of H reversed
+        R = H[turns.flip(0)][:, turns.flip(0)]  # [in, in], last turn first
+        R.diagonal().add_(level * mean)
+        info = torch.linalg.cholesky_ex(R, out=(R, torch.empty((), dtype=torch.int32, device=H.device))).info
         if info == 0:
             break
         if level >= 1:
@@ -37,5 +41,7 @@ def inverse_factor(H: Tensor, damp: float, note: Callable[[str], None]) -> Tenso
         level = min(10 * level, 1.0)
     if level > damp:
         note(f"damping raised to {level:g}")
-    U: Tensor = torch.linalg.solve_triangular(R.flip(0, 1), identity, upper=True)  # [in, in]
-    return U
+    inverse = torch.eye(len(H), device=H.device)  # [in, in]
+    torch.linalg.solve_triangular(R, inverse, upper=False, out=inverse)
+    del R
+    return inverse.flip(0, 1)

@@ -21,22 +21,31 @@ def sweep(
     begin(start, stop) runs when columns start .. stop - 1, a leaf, hold every earlier error and none is settled yet;
     settle(c, w) gives the final values [out] of column c from its current ones w [out].
     """
-    E = torch.empty_like(columns)  # [in, out]
-    pivots = U.diagonal().tolist()
+    _walk(0, len(columns), columns, torch.empty_like(columns), U, leaf, begin, settle)
 
-    def walk(start: int, stop: int) -> None:
-        n_leaves = -(-(stop - start) // leaf)
-        if n_leaves > 1:
-            middle = start + (n_leaves + 1) // 2 * leaf
-            walk(start, middle)
-            columns[middle:stop].addmm_(U[start:middle, middle:stop].T, E[start:middle], alpha=-1)  # [in left, out]
-            walk(middle, stop)
-            return
-        begin(start, stop)
-        earlier = U[start:stop, start:stop].T.contiguous()  # [leaf, leaf], row i holds U_ji of the columns j before i
-        for i, c in enumerate(range(start, stop)):
-            w = torch.addmv(columns[c], E[start:c].T, earlier[i, :i], alpha=-1)  # [out]
-            columns[c] = settle(c, w)
-            torch.sub(w, columns[c], out=E[c]).div_(pivots[c])
 
-    walk(0, len(columns))
+def _walk(
+    start: int,
+    stop: int,
+    columns: Tensor,
+    E: Tensor,
+    U: Tensor,
+    leaf: int,
+    begin: Callable[[int, int], None],
+    settle: Callable[[int, Tensor], Tensor],
+) -> None:
+    """`sweep` of columns start .. stop - 1, which hold the errors of all columns before; fills their rows of E."""
+    n_leaves = -(-(stop - start) // leaf)
+    if n_leaves > 1:
+        middle = start + (n_leaves + 1) // 2 * leaf
+        _walk(start, middle, columns, E, U, leaf, begin, settle)
+        columns[middle:stop].addmm_(U[start:middle, middle:stop].T, E[start:middle], alpha=-1)  # [in left, out]
+        _walk(middle, stop, columns, E, U, leaf, begin, settle)
+        return
+    begin(start, stop)
+    earlier = U[start:stop, start:stop].T.contiguous()  # [leaf, leaf], row i holds U_ji of the columns j before i
+    pivots = earlier.diagonal().tolist()
+    for i, c in enumerate(range(start, stop)):
+        w = torch.addmv(columns[c], E[start:c].T, earlier[i, :i], alpha=-1)  # [out]
+        columns[c] = settle(c, w)
+        torch.sub(w, columns[c], out=E[c]).div_(pivots[i])

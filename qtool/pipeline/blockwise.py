@@ -199,16 +199,18 @@ def change_linears(
     for scheme, members in batches:
         begun = time.perf_counter()
         W = torch.cat([weight_of(block.get(name)) for name in members])  # [out of all, in]
-        note = work.note(members[0])
+        n_rows, note = len(W), work.note(members[0])
         if scheme is not None:
-            quantized = method.run(W.clone(), stats, scheme.weights, options, note)
+            quantized = method.run(W, stats, scheme.weights, options, note)
         else:
-            pruned = method.run(W.clone(), stats, options, note)
+            pruned = method.run(W, stats, options, note)
+        del W  # the method may have written into it
         seconds = time.perf_counter() - begun
         start = 0
         for name in members:
             layer = block.get(name)
-            stop = start + shape_of(layer)[0]
+            before = weight_of(layer)
+            stop = start + len(before)
             if scheme is not None:
                 part = quantized.rows(start, stop)
                 install(block, name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
@@ -223,8 +225,8 @@ def change_linears(
                 {
                     "name": name,
                     "scheme": str(scheme) if scheme is not None else f"sparse {float((after == 0).float().mean()):.2f}",
-                    "seconds": seconds * (stop - start) / len(W),
-                    **errors(W[start:stop], after, stats),
+                    "seconds": seconds * (stop - start) / n_rows,
+                    **errors(before, after, stats),
                 }
             )
             start = stop

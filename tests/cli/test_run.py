@@ -1,7 +1,6 @@
 """qtool as a real process: exit codes, streams, going on after Ctrl-C; and eval and export of a finished run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,19 +23,17 @@ gates:
 """
 
 
-def start(cwd: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "qtool", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+# A shell that starts its jobs in the background lets them ignore Ctrl-C, and they hand that on to their children.
+LISTENING = (
+    "import runpy, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "runpy.run_module('qtool', run_name='__main__', alter_sys=True)"
+)
 
 
 def call(cwd: Path, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
-    process = start(cwd, *arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    done = subprocess.run([sys.executable, "-m", "qtool", *arguments], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `qtool run r.yaml --out out` has been interrupted in its quantize step, and then went on to the end."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "r.yaml").write_text(RECIPE)
-    process = start(folder, "run", "r.yaml", "--out", "out")
+    command = [sys.executable, "-c", LISTENING, "run", "r.yaml", "--out", "out"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("quantize/gptq"):
             process.send_signal(signal.SIGINT)
             break
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate()
     assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
     assert not (folder / "out" / "results.json").exists()
     code, out, err = call(folder, "run", "r.yaml", "--out", "out", "--json")

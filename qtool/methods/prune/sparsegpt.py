@@ -33,8 +33,11 @@ def sparsegpt(W: Tensor, stats: LayerStats, options: SparseGptOptions, note: Cal
     """W [out, in] float32, pruned and updated; raises QtoolError where columns do not divide or H is not finite."""
     if stats.n_tokens == 0:
         note("no calibration token reached it; pruned by magnitude")  # its H is zero, U is the identity
-    U = inverse_factor(stats.hessian(), options.damp, note)  # [in, in]
-    diagonal = U.diagonal().unsqueeze(1)  # [in, 1]
+    H = stats.hessian()  # [in, in]
+    U = inverse_factor(H, options.damp, note)  # [in, in]
+    curvature = U.diagonal() ** -2  # [in]
+    if stats.n_tokens > 0:
+        curvature[H.diagonal() == 0] = 0  # a dead column costs nothing, so it goes first
     columns = W.T.contiguous()  # [in, out]
     mask = torch.zeros_like(columns, dtype=torch.bool)  # [in, out]
     n_out = columns.shape[1]
@@ -43,7 +46,7 @@ def sparsegpt(W: Tensor, stats: LayerStats, options: SparseGptOptions, note: Cal
         check_columns(len(columns), pattern[1])
 
     def begin(start: int, stop: int) -> None:
-        scores = (columns[start:stop] / diagonal[start:stop]).square_()  # [block, out]
+        scores = columns[start:stop].square() * curvature[start:stop, None]  # [block, out]
         if pattern is not None:
             mask[start:stop] = smallest(scores.T, pattern[1] - pattern[0]).T
         else:

@@ -56,10 +56,12 @@ def gptq(
     grouped = to_groups(W, scheme.group)  # [out, groups, group]
     n_out, n_groups, group = grouped.shape
     order = order_columns(H.diagonal(), group, options.act_order)  # [in]
-    U = inverse_factor(H[order][:, order], options.damp, note)  # [in, in]
+    U = inverse_factor(H, options.damp, note, order)  # [in, in]
     curvature = U.diagonal() ** -2  # [in], in turn
 
     columns = W.T[order]  # [in, out], in turn
+    pruned = columns == 0  # [in, out]: exact zeros stay zero, so that a sparse layer keeps its pattern
+    is_sparse = bool(pruned.any())
     codes = torch.empty_like(columns)  # [in, out], as W stands
     scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
     turns = order.tolist()
@@ -73,6 +75,7 @@ def gptq(
     def settle(c: int, w: Tensor) -> Tensor:
         g = turns[c] // group
         params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
+        w = w.masked_fill(pruned[c], 0) if is_sparse else w
         codes[turns[c]] = scheme.grid.encode(w, params)
         return scheme.grid.decode(codes[turns[c]], params)
 

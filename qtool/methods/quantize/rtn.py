@@ -14,7 +14,16 @@ from torch import Tensor
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
-from qtool.linalg.ranges import Cost, diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
+from qtool.linalg.ranges import (
+    FINE_STEPS,
+    STEPS,
+    Cost,
+    diagonal_blocks,
+    output_cost,
+    plain_cost,
+    search_range,
+    weighted_cost,
+)
 from qtool.options import Needs
 from qtool.registry import Method
 
@@ -36,7 +45,9 @@ def rtn(
     if options.range == "minmax":
         return quantize(W, scheme)
     grouped = to_groups(W, scheme.group)  # [out, groups, group]
-    return quantize(W, scheme, search_range(grouped, scheme.grid, _cost(grouped.shape[-1], stats, options, note)))
+    cost = _cost(grouped.shape[-1], stats, options, note)
+    steps = FINE_STEPS if options.range == "output" else STEPS
+    return quantize(W, scheme, search_range(grouped, scheme.grid, cost, steps))
 
 
 def _cost(group: int, stats: LayerStats | None, options: RtnOptions, note: Callable[[str], None]) -> Cost:

@@ -8,6 +8,7 @@ from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize
+from qtool.linalg.ranges import FINE_STEPS, STEPS, plain_cost, search_range
 from qtool.methods.quantize.rtn import METHOD, RtnOptions, rtn
 
 SCHEMES = ["w2a16g16", "w3a16g16-asym", "w4a16", "w8a16-asym"]
@@ -73,17 +74,19 @@ def test_the_output_range_costs_no_more_output_than_any_other(short: str) -> Non
 
 
 def test_data_is_asked_for_only_by_ranges_that_use_it() -> None:
-    needs = {choice: METHOD.needed(RtnOptions.model_validate({"scheme": "w4a16", "range": choice})) for choice in RANGES}
+    options = {choice: RtnOptions.model_validate({"scheme": "w4a16", "range": choice}) for choice in RANGES}
+    needs = {choice: METHOD.needed(options[choice]) for choice in RANGES}
     assert needs == {"minmax": "nothing", "mse": "nothing", "hessian": "hessian", "output": "hessian"}
 
 
-@pytest.mark.parametrize("choice", ["hessian", "output"])
-def test_a_linear_that_no_token_reached_is_searched_by_plain_error_and_noted(choice: str) -> None:
+@pytest.mark.parametrize(("choice", "steps"), [("hessian", STEPS), ("output", FINE_STEPS)])
+def test_a_linear_that_no_token_reached_is_searched_by_plain_error_and_noted(choice: str, steps: int) -> None:
     W, _ = problem()
     notes: list[str] = []
     options = RtnOptions.model_validate({"scheme": "w3a16g16", "range": choice})
     tensor = rtn(W, LayerStats(48, "hessian"), Scheme.model_validate("w3a16g16").weights, options, notes.append)
-    assert torch.equal(tensor.codes, run(W, None, "w3a16g16", "mse").codes)
+    params = search_range(W.view(6, 3, 16), tensor.scheme.grid, plain_cost, steps)
+    assert torch.equal(tensor.codes, quantize(W, tensor.scheme, params).codes)
     assert notes == ["no calibration token reached it; its ranges are searched by plain error"]
 
 

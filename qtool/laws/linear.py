@@ -1,12 +1,6 @@
-"""The laws of each kind: properties that every member satisfies, run over the registry by the tests and by plugins.
+"""Laws of the methods that see one matrix: quantizers, pruners and factorizations, on a layer with correlated inputs."""
 
-    of(load("quantize/gptq")) = {"codes_in_range": <function>, ...}; a law raises AssertionError where it is broken
-A law finds gross faults only; a published algorithm also needs a golden, an independent second form of itself.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,15 +13,8 @@ from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.options import Options
 from qtool.registry import Method
 
-Law = Callable[[Method], None]
-
 OUT, IN, TOKENS = 24, 96, 400  # `in` is no power of two
 SCHEMES = ("w4a16g32", "w3a16g32-asym", "w8a16", "w2a16g96")
-
-
-def of(method: Method) -> dict[str, Callable[[], None]]:
-    """The laws of the method's kind and scope by name, ready to be called."""
-    return {law.__name__: partial(law, method) for law in LAWS.get((method.kind, method.scope), ())}
 
 
 @dataclass(frozen=True)
@@ -216,23 +203,3 @@ def full_rank_is_exact(method: Method) -> None:
     error = float((run_factorize(method, OUT, problem).multiply() - problem.W).norm() / problem.W.norm())
     # A float32 decomposition; scaling by inputs and back loses two digits more.
     assert error < 1e-4, f"relative error {error:.1e} at full rank"
-
-
-LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
-    ("quantize", "linear"): (
-        codes_in_range,
-        packing_is_lossless,
-        grid_points_stay,
-        quantizing_is_deterministic,
-        loss_is_no_worse_than_rounding,
-        quantizing_rows_apart_is_the_same,
-    ),
-    ("prune", "linear"): (
-        sparsity_is_exact,
-        pattern_is_exact,
-        no_sparsity_changes_nothing,
-        pruning_is_deterministic,
-        pruning_rows_apart_is_the_same,
-    ),
-    ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
-}

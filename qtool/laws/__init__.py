@@ -1,0 +1,63 @@
+"""The laws of each kind: properties that every member satisfies, run over the registry by the tests and by plugins.
+
+    of(load("quantize/gptq")) = {"codes_in_range": <function>, ...}; a law raises AssertionError where it is broken
+A law finds gross faults only; a published algorithm also needs a golden, an independent second form of itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from qtool.laws.linear import (
+    codes_in_range,
+    error_falls_with_rank,
+    full_rank_is_exact,
+    grid_points_stay,
+    loss_is_no_worse_than_rounding,
+    no_sparsity_changes_nothing,
+    packing_is_lossless,
+    pattern_is_exact,
+    pruning_is_deterministic,
+    pruning_rows_apart_is_the_same,
+    quantizing_is_deterministic,
+    quantizing_rows_apart_is_the_same,
+    sparsity_is_exact,
+)
+from qtool.laws.model import (
+    evaluating_repeats,
+    exported_bytes_are_the_model,
+    the_gradient_is_finite,
+    the_loss_is_smallest_at_the_teacher,
+    transforming_is_deterministic,
+    transforming_keeps_the_output,
+)
+from qtool.registry import Method
+
+Law = Callable[[Method], None]
+
+LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
+    ("quantize", "linear"): (
+        codes_in_range,
+        packing_is_lossless,
+        grid_points_stay,
+        quantizing_is_deterministic,
+        loss_is_no_worse_than_rounding,
+        quantizing_rows_apart_is_the_same,
+    ),
+    ("prune", "linear"): (
+        sparsity_is_exact,
+        pattern_is_exact,
+        no_sparsity_changes_nothing,
+        pruning_is_deterministic,
+        pruning_rows_apart_is_the_same,
+    ),
+    ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
+    ("transform", "block"): (transforming_keeps_the_output, transforming_is_deterministic),
+    ("distill", "training"): (the_loss_is_smallest_at_the_teacher, the_gradient_is_finite),
+    ("evaluate", "model"): (evaluating_repeats,),
+    ("export", "model"): (exported_bytes_are_the_model,),
+}
+
+
+def of(method: Method) -> dict[str, Callable[[], None]]:
+    """The laws of the method's kind and scope by name, ready to be called."""
+    return {law.__name__: partial(law, method) for law in LAWS.get((method.kind, method.scope), ())}

@@ -1,0 +1,188 @@
+"""Laws of the methods that see a model: transforms, distillation losses, evaluations and exports.
+
+They are checked on a two-block Llama of random weights, in float32, made anew for every law.
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import Artifact, Metric, digest_file
+from qtool.calibration.statistics import LayerStats
+from qtool.calibration.tokens import ASSETS
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import quantize
+from qtool.model.handle import Block, ModelHandle
+from qtool.model.linear import shape_of, weight_of
+from qtool.model.store import save_changes
+from qtool.model.wiring import Edits, change_of_output, find_scalings
+from qtool.options import ModelOptions, Options
+from qtool.registry import Method
+
+UNCHANGED = 1e-5  # relative change of a block's float32 output that rounding explains
+SAMPLE_CHOICES: dict[str, Any] = {  # what required or costly options are set to, by name
+    "scheme": "w4a16g32",
+    "source": "demo:test",
+    "samples": 2,
+    "length": 32,
+    "tasks": ["demo_cloze"],
+    "limit": 4,
+}
+
+
+def sample_options(method: Method) -> Options:
+    """Options of a method that make it cheap; defaults elsewhere."""
+    chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in method.options.model_fields}
+    return method.options.model_validate(chosen)
+
+
+@contextmanager
+def tiny_checkpoint() -> Iterator[Path]:
+    """A folder with a random Llama: hidden 64, ffn 128, 2 blocks, 4 heads of 16, 2 key/value heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with tempfile.TemporaryDirectory() as name, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
+        folder = Path(name) / "model"
+        model.save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(ASSETS / "demo" / "model" / file, folder / file)
+        yield folder
+
+
+def sample_tokens() -> Tensor:
+    return torch.randint(2, 4096, (3, 24), generator=torch.Generator().manual_seed(0))  # [samples, length]
+
+
+# ---- transform ----
+
+
+def transform_first_block(method: Method, folder: Path) -> tuple[Block, Tensor, Edits]:
+    model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
+    hidden = model.embed(sample_tokens())
+    block, options = model.block(0), sample_options(method)
+    needs = method.needed(options)
+    stats = {name: LayerStats(shape_of(linear)[1], needs) for name, linear in block.linears().items()}
+    block.forward_observed(hidden, stats)
+    edits: Edits = method.run(block, find_scalings(block, hidden[:1]), stats, options, lambda text: None)
+    return block, hidden, edits
+
+
+def transforming_keeps_the_output(method: Method) -> None:
+    """The block computes the same before any rounding, and something was edited."""
+    with tiny_checkpoint() as folder:
+        block, hidden, edits = transform_first_block(method, folder)
+        assert edits, f"{method.key} edits nothing"
+        names = {f"{block.name}.{name}": p.shape for name, p in block.module.named_parameters()}
+        for name, value in edits.items():
+            assert name in names, f"{name} is no parameter of {block.name}"
+            assert value.shape == names[name], f"{name}: shape {tuple(value.shape)}, must be {tuple(names[name])}"
+        change = change_of_output(block, hidden[:1], edits)
+        assert change <= UNCHANGED, f"the block's output changes by {change:.1e}"
+
+
+def transforming_is_deterministic(method: Method) -> None:
+    """Two runs give the same bits."""
+    with tiny_checkpoint() as folder:
+        first, second = (transform_first_block(method, folder)[2] for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first), "two runs differ"
+
+
+# ---- distill ----
+
+
+def the_loss_is_smallest_at_the_teacher(method: Method) -> None:
+    """Equal logits cost least, and moving away from them costs more."""
+    options, random = sample_options(method), torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 6, 11, generator=random)  # [samples, length, vocab]
+    away = torch.randn(2, 6, 11, generator=random)
+    losses = [float(method.run(teacher + step * away, teacher, options)) for step in (0.0, 0.5, 1.0)]
+    assert losses == sorted(losses) and losses[0] < losses[1], f"losses by distance: {losses}"
+
+
+def the_gradient_is_finite(method: Method) -> None:
+    """A scalar with finite gradients, for ordinary and for extreme logits."""
+    options = sample_options(method)
+    for size in (1.0, 1e4):
+        teacher = size * torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0))
+        student = (-teacher).requires_grad_(True)
+        loss = method.run(student, teacher, options)
+        assert loss.shape == (), f"the loss has shape {tuple(loss.shape)}, must be a scalar"
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert bool(torch.isfinite(gradient).all()), f"gradients are not finite at logits of size {size:g}"
+
+
+# ---- evaluate ----
+
+
+def evaluating_repeats(method: Method) -> None:
+    """Two evaluations give the same metrics, and the model is as it was between them."""
+    with tiny_checkpoint() as folder:
+        model = ModelHandle(ModelOptions(path=str(folder), device="cpu"))
+        before = model.final_hidden(sample_tokens()).clone()
+        first, second = (method.run(model, model, sample_options(method), 0) for _ in range(2))
+        assert first == second, f"{first} and {second} differ"
+        assert torch.equal(model.final_hidden(sample_tokens()), before), "the model computes something else afterwards"
+        for metric in first:
+            assert isinstance(metric, Metric) and math.isfinite(metric.value) and metric.unit, f"{metric} is no metric"
+
+
+# ---- export ----
+
+
+def exported_bytes_are_the_model(method: Method) -> None:
+    """The export, read back from disk, gives the logits of the model in memory; its digests are those of its files."""
+    tokens = sample_tokens()
+    with tiny_checkpoint() as folder, tempfile.TemporaryDirectory() as out:
+        model = rounded_model(folder, Path(out) / "changes")
+        target = Path(out) / "export"
+        target.mkdir()
+        artifact = method.run(model, target, sample_options(method))
+        assert isinstance(artifact, Artifact), f"{method.key} returns {type(artifact).__name__}, must be Artifact"
+        files = {str(path.relative_to(target)): digest_file(path) for path in target.rglob("*") if path.is_file()}
+        assert artifact.sha256 == files, "the artifact's digests are not those of its files"
+        reloaded = ModelHandle(ModelOptions(path=str(target), device="cpu"))
+        expected, found = logits_of(model, tokens), logits_of(reloaded, tokens)
+        error = float((found - expected).norm() / expected.norm())
+        assert error <= 1e-3, f"logits of the export are {error:.1e} away"
+
+
+def rounded_model(folder: Path, changes: Path) -> ModelHandle:
+    """The tiny model with every linear of its blocks rounded to w4a16g32."""
+    model, scheme = ModelHandle(ModelOptions(path=str(folder), device="cpu")), Scheme.model_validate("w4a16g32")
+    for block in model.blocks():
+        rounded = {f"{name}.weight": quantize(weight_of(x), scheme.weights) for name, x in block.linears().items()}
+        save_changes(changes / f"block_{block.index:03d}.safetensors", {k: (v, scheme) for k, v in rounded.items()})
+    return ModelHandle(model.options, (changes,))
+
+
+def logits_of(model: ModelHandle, tokens: Tensor) -> Tensor:
+    """Logits [samples, length, vocab], float32."""
+    hidden = model.final_hidden(tokens)
+    with model.outer():
+        return model.logits(hidden).float()

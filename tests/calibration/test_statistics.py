@@ -1,0 +1,64 @@
+"""LayerStats: the same numbers as from all inputs at once, however they arrive."""
+
+import pytest
+import torch
+
+from qtool.calibration.statistics import LayerStats
+
+
+def inputs() -> torch.Tensor:
+    """[samples, length, in], channels of uneven strength and mean."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(4, 10, 6, generator=random) * torch.arange(1.0, 7.0) + 0.5
+
+
+def gather(needs: str, *batches: torch.Tensor) -> LayerStats:
+    stats = LayerStats(6, needs)  # type: ignore[arg-type]
+    for batch in batches:
+        stats.update(batch)
+    return stats
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [1, 1, 1, 1]])
+def test_batches_give_what_all_inputs_at_once_give(sizes: list[int]) -> None:
+    stats = gather("hessian", *inputs().split(sizes))
+    x = inputs().view(-1, 6).double()  # [tokens, in]
+    assert stats.n_tokens == 40
+    # Float32 sums of 40 terms.
+    assert torch.allclose(stats.hessian().double(), x.T @ x / 40, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(stats.mean_abs().double(), x.abs().mean(0), rtol=1e-5)
+    assert torch.equal(stats.amax().double(), x.abs().amax(0))
+
+
+def test_a_batch_without_tokens_changes_nothing() -> None:
+    stats = gather("hessian", inputs(), torch.zeros(0, 6))
+    assert stats.n_tokens == 40
+    assert torch.equal(stats.hessian(), gather("hessian", inputs()).hessian())
+
+
+def test_where_no_token_came_everything_is_zero() -> None:
+    stats = gather("hessian", torch.zeros(0, 6))
+    assert stats.n_tokens == 0
+    assert torch.equal(stats.hessian(), torch.zeros(6, 6))
+    assert torch.equal(stats.amax(), torch.zeros(6)) and torch.equal(stats.mean_abs(), torch.zeros(6))
+
+
+def test_inputs_of_low_precision_are_summed_in_float32() -> None:
+    ones = torch.ones(1, 1000, 6, dtype=torch.bfloat16)  # a bfloat16 sum of ones ends at 256
+    stats = gather("hessian", ones, ones)
+    # Float32 sums of a thousand terms; a bfloat16 one would be off by half.
+    assert torch.allclose(stats.hessian(), torch.ones(6, 6), rtol=1e-4) and torch.equal(stats.mean_abs(), torch.ones(6))
+
+
+def test_inputs_are_kept_only_where_they_are_needed() -> None:
+    kept = gather("inputs", *inputs().split(2))
+    assert [tuple(x.shape) for x in kept.inputs()] == [(2, 10, 6)] * 2
+    assert torch.equal(torch.cat(kept.inputs()), inputs())
+    with pytest.raises(AssertionError, match="without them"):
+        gather("hessian", inputs()).inputs()
+
+
+def test_a_hessian_is_gathered_only_where_it_is_needed() -> None:
+    assert not gather("amax", inputs()).has_hessian and gather("hessian").has_hessian and gather("inputs").has_hessian
+    with pytest.raises(AssertionError, match="gathered without it"):
+        gather("amax", inputs()).hessian()

@@ -1,0 +1,100 @@
+"""QuantLinear: the output of its decoded weights, gradients that reach its scale, activations rounded per token."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qtool.formats.scheme import ActivationScheme, Scheme
+from qtool.formats.tensor import quantize
+from qtool.layers.quant_linear import QuantLinear, snap_per_token
+
+SCHEMES = ["w4a16g32", "w3a16g32-asym", "w8a16"]
+
+
+def layer(short: str, activations: ActivationScheme | None = None, dtype: torch.dtype = torch.float32) -> QuantLinear:
+    random = torch.Generator().manual_seed(0)
+    tensor = quantize(torch.randn(6, 96, generator=random), Scheme.model_validate(short).weights)
+    return QuantLinear(tensor, torch.randn(6, generator=random).to(dtype), activations)
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_the_output_is_that_of_a_dense_linear_with_the_decoded_weights(short: str) -> None:
+    quantized = layer(short)
+    assert torch.equal(quantized(inputs()), F.linear(inputs(), quantized.qt.dequantize(), quantized.bias))
+
+
+def test_it_works_in_the_dtype_of_its_input() -> None:
+    quantized = layer("w4a16g32", dtype=torch.bfloat16)
+    y = quantized(inputs().bfloat16())
+    assert y.dtype == torch.bfloat16
+    expected = F.linear(inputs(), quantized.qt.dequantize(), quantized.bias.float())
+    # Inputs, weights, sum and bias are rounded to 8 bits each; terms add up like noise.
+    assert float((y.float() - expected).norm() / expected.norm()) < 2 * 2**-8
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_the_tensor_it_was_made_of_comes_back(short: str) -> None:
+    quantized = layer(short)
+    tensor = quantized.qt
+    assert tensor.shape == (quantized.out_features, quantized.in_features) == (6, 96)
+    assert torch.equal(QuantLinear(tensor, None).qt.dequantize(), tensor.dequantize())
+
+
+def test_a_layer_without_bias_adds_none() -> None:
+    bare = QuantLinear(layer("w8a16").qt, None)
+    assert bare.bias is None and torch.equal(bare(torch.zeros(1, 96)), torch.zeros(1, 6))
+
+
+def test_gradients_reach_the_scale_and_the_input() -> None:
+    quantized = layer("w4a16g32-asym")
+    quantized.scale = torch.nn.Parameter(quantized.scale.float())
+    x = inputs().requires_grad_()
+    quantized(x).square().sum().backward()
+    assert x.grad is not None and bool((x.grad != 0).any())
+    step = 1e-3
+    gradient = quantized.scale.grad
+    assert gradient is not None
+    moved = []
+    for sign in (1, -1):
+        other = copy.deepcopy(quantized)
+        other.scale.data[2, 1] += sign * step
+        moved.append(float(other(inputs()).detach().square().sum()))
+    # Central differences of a quadratic are exact but for float32 sums.
+    assert float(gradient[2, 1]) == pytest.approx((moved[0] - moved[1]) / (2 * step), rel=2e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_are_rounded_token_by_token(symmetric: bool) -> None:
+    scheme = ActivationScheme(bits=4, symmetric=symmetric)
+    x = inputs() * torch.tensor([1e-3, 1.0, 50.0, 7.0, 0.2]).view(1, 5, 1)
+    snapped = snap_per_token(x, scheme)
+    for sample in range(2):
+        for token in range(5):
+            alone = x[sample, token]
+            assert torch.equal(snapped[sample, token], snap_per_token(alone, scheme))
+            assert len(snapped[sample, token].unique()) <= 16
+            span = float(alone.max().clamp(min=0) - alone.min().clamp(max=0))
+            step = float(alone.abs().max()) / 7.5 if symmetric else span / 15
+            # Half a step; rounding an asymmetric zero point may cost half a step more at one end.
+            assert float((snapped[sample, token] - alone).abs().max()) <= step * (0.501 if symmetric else 1.001)
+
+
+def test_a_layer_with_an_activation_scheme_rounds_its_input_first() -> None:
+    scheme = ActivationScheme(bits=8)
+    rounded, plain = layer("w8a8", scheme), layer("w8a8")
+    assert torch.equal(rounded(inputs()), plain(snap_per_token(inputs(), scheme)))
+    assert not torch.equal(rounded(inputs()), plain(inputs()))
+
+
+def test_a_state_dict_carries_codes_scales_and_zero_points() -> None:
+    source, target = layer("w4a16g32-asym"), layer("w4a16g32-asym")
+    target.codes.zero_()
+    target.scale.data.zero_()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs()), source(inputs()))
