@@ -11,6 +11,7 @@ from qtool.errors import QtoolError
 
 Needs = Literal["nothing", "amax", "hessian", "inputs"]  # statistics of a linear's input, each with those before it
 
+
 class Options(BaseModel):
     """Subclass per method; give every field a range and a description."""
 

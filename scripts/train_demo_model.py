@@ -1,6 +1,6 @@
 """Train the demo model that ships in qtool/assets/demo: a small Llama on permissively licensed Python code.
 
-    python scripts/train_demo_model.py --work build/demo --tokens 12e6      # an hour and a half on two CPU cores, minutes on a GPU
+    python scripts/train_demo_model.py --work build/demo --tokens 12e6   # 1.5 hours on two CPU cores, minutes on a GPU
 
 Stages, each kept in --work so that a second run goes on where the first stopped:
     1. text       the standard library and pinned wheels, near-duplicates dropped, split by content hash
@@ -257,9 +257,7 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def write_card(path: Path, facts: dict[str, float], parameters: int, counts: dict[str, int]) -> None:
-    sources = "\n".join(
-        f"| {pin.split('==')[0]} | {pin.split('==')[1]} | {licence} |" for pin, licence in WHEELS.items()
-    )
+    sources = "\n".join(f"| {pin.split('==')[0]} | {pin.split('==')[1]} | {licence} |" for pin, licence in WHEELS.items())
     python = ".".join(map(str, sys.version_info[:3]))
     path.write_text(f"""# qtool demo model
 

@@ -157,9 +157,7 @@ def _read_hub(options: TextOptions) -> list[object]:
     import datasets
 
     try:
-        return list(
-            datasets.load_dataset(options.source, options.config, split=options.split, revision=options.revision)
-        )
+        return list(datasets.load_dataset(options.source, options.config, split=options.split, revision=options.revision))
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise QtoolError(
             f"source: {options.source} is no local file, and the hub cannot give it (no network, or no such data set); "
@@ -174,8 +172,6 @@ def _field_of(rows: list[object], options: TextOptions) -> list[object]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or options.field not in row:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise QtoolError(
-                f'source: {options.source}: row {number} has no "{options.field}" (it has {keys}); set field'
-            )
+            raise QtoolError(f'source: {options.source}: row {number} has no "{options.field}" (it has {keys}); set field')
         documents.append(row[options.field])
     return documents

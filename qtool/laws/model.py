@@ -67,7 +67,7 @@ def tiny_checkpoint() -> Iterator[Path]:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
-                    parameter += 0.2 * torch.randn_like(parameter)
+                    parameter.add_(0.2 * torch.randn_like(parameter))
         folder = Path(name) / "model"
         model.save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -16,12 +16,8 @@ class Experts(nn.Module):
         super().__init__()
         self.act_fn = act_fn
         with torch.device("meta"):
-            self.gate_up = nn.ModuleList(
-                nn.Linear(hidden, 2 * intermediate, bias=False, dtype=dtype) for _ in range(n_experts)
-            )
-            self.down = nn.ModuleList(
-                nn.Linear(intermediate, hidden, bias=False, dtype=dtype) for _ in range(n_experts)
-            )
+            self.gate_up = nn.ModuleList(nn.Linear(hidden, 2 * intermediate, bias=False, dtype=dtype) for _ in range(n_experts))
+            self.down = nn.ModuleList(nn.Linear(intermediate, hidden, bias=False, dtype=dtype) for _ in range(n_experts))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]; returns [tokens, hidden]."""

@@ -23,9 +23,7 @@ def snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
 class QuantLinear(nn.Module):
     """Stands where an nn.Linear (or a Conv1D) with in and out features stood."""
 
-    def __init__(
-        self, tensor: QuantizedTensor, bias: Tensor | None, activations: ActivationScheme | None = None
-    ) -> None:
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None, activations: ActivationScheme | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.scheme = tensor.scheme

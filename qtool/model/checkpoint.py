@@ -42,9 +42,7 @@ def open_file(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise QtoolError(
-            f"model: the file {path} is missing, though the index names it; download the model again"
-        ) from error
+        raise QtoolError(f"model: the file {path} is missing, though the index names it; download the model again") from error
     except (SafetensorError, OSError) as error:
         raise QtoolError(f"model: {path} is truncated or no safetensors file ({error}); download it again") from error
 
@@ -89,9 +87,7 @@ class Checkpoint:
                     )
                 yield target, tensor
 
-    def _convert(
-        self, name: str, sources: list[tuple[str, str | None, Path]], dtype: torch.dtype | None
-    ) -> dict[str, Tensor]:
+    def _convert(self, name: str, sources: list[tuple[str, str | None, Path]], dtype: torch.dtype | None) -> dict[str, Tensor]:
         pattern = sources[0][1]
         converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
         for key, source_pattern, path in sources:

@@ -60,9 +60,7 @@ def read_compressed(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -
     scheme = read_scheme(checkpoint, name, config)
     if scheme is None:
         return None
-    found = {
-        key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{name}.{part}" for part in PARTS], None)
-    }
+    found = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{name}.{part}" for part in PARTS], None)}
     bits, low = scheme.weights.bits, scheme.weights.grid.low
     zero = found.get("weight_zero_point")
     if "weight_packed" in found:

@@ -195,9 +195,7 @@ class ModelHandle:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == wanted:
                 return name, list(module)
-        raise QtoolError(
-            f"model: {self.options.path}: no list of {wanted} blocks was found in {type(self.model).__name__}"
-        )
+        raise QtoolError(f"model: {self.options.path}: no list of {wanted} blocks was found in {type(self.model).__name__}")
 
     def _separate_experts(self) -> None:
         for name, module in list(self.model.named_modules()):
@@ -211,9 +209,7 @@ class ModelHandle:
 
     def load(self, root: nn.Module, prefix: str, unit: str) -> None:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
-        inside = (
-            [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
-        )
+        inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:

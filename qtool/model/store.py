@@ -35,9 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise QtoolError(
-            f"{path.parent}: cannot write {path.name}: {error}; free space or choose another --out"
-        ) from error
+        raise QtoolError(f"{path.parent}: cannot write {path.name}: {error}; free space or choose another --out") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,8 +78,6 @@ def load_changes(path: Path) -> Changes:
         scheme = Scheme.model_validate(facts["scheme"])
         codes = unpack_int32(tensors[f"{name}::codes"], scheme.weights.bits, facts["columns"]) + scheme.weights.grid.low
         whole = torch.int8 if scheme.weights.symmetric else torch.uint8
-        quantized = QuantizedTensor(
-            codes.to(whole), tensors[f"{name}::scale"], tensors.get(f"{name}::zero"), scheme.weights
-        )
+        quantized = QuantizedTensor(codes.to(whole), tensors[f"{name}::scale"], tensors.get(f"{name}::zero"), scheme.weights)
         changes[name] = (quantized, scheme)
     return changes

@@ -36,9 +36,7 @@ class RunFolder:
                 for name in ("results.json", "events.jsonl", "report.html", "recipe.yaml"):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise QtoolError(
-                f"--out: {self.path} cannot be written: {error.strerror}; choose another folder"
-            ) from error
+            raise QtoolError(f"--out: {self.path} cannot be written: {error.strerror}; choose another folder") from error
         self.check(fingerprint)
         write_text(self.state / "fingerprint.json", json.dumps({**self._fingerprint(), **fingerprint}, indent=1))
 

@@ -21,7 +21,7 @@ from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle, resolve_folder
 from qtool.model.store import write_text
-from qtool.options import ModelOptions
+from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.training import run_training
@@ -121,16 +121,9 @@ class Run:
             return {}
         if method.scope == "training":
             assert self.tokens is not None, "the recipe check asks for a calibrate step before distill"
-            return run_training(
-                self._compressed,
-                self.original,
-                method,
-                options,
-                self.tokens,
-                self.recipe.seed,
-                state,
-                self.progress,  # type: ignore[arg-type]
-            )
+            assert isinstance(options, TrainingOptions), f"{step.key}: options of scope training are TrainingOptions"
+            model, seed = self._compressed, self.recipe.seed
+            return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
         if method.kind in CHANGING:
             return run_blockwise(self._compressed, method, options, self.tokens, state, self.progress)
         if method.kind == "evaluate":
@@ -205,9 +198,7 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
             shutil.rmtree(out)
         temporary.replace(out)
     except OSError as error:
-        raise QtoolError(
-            f"{step.key}: cannot write {out}: {error.strerror}; free space or choose another --out"
-        ) from error
+        raise QtoolError(f"{step.key}: cannot write {out}: {error.strerror}; free space or choose another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(artifact.format, out, artifact.bytes, artifact.lossless, artifact.sha256)
@@ -292,9 +283,7 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
         "parameters": original.n_parameters(),
         "bytes_original": before,
         "bytes_compressed": after,
-        "bits_per_weight": 8 * quantized_bytes / quantized_weights
-        if quantized_weights
-        else 8 * original.dtype.itemsize,
+        "bits_per_weight": 8 * quantized_bytes / quantized_weights if quantized_weights else 8 * original.dtype.itemsize,
     }
 
 

@@ -60,9 +60,7 @@ def run_training(
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * rate_at(step, options)
             total = 0.0
-            for rows in (
-                tokens[order[step * batch : (step + 1) * batch]].to(model.device).tensor_split(options.accumulate)
-            ):
+            for rows in tokens[order[step * batch : (step + 1) * batch]].to(model.device).tensor_split(options.accumulate):
                 with torch.autocast(model.device.type, torch.bfloat16):
                     with torch.no_grad():
                         target = original(rows, use_cache=False).logits

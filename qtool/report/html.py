@@ -38,8 +38,7 @@ def write_report(path: Path, results: dict[str, Any], recipe: str) -> None:
     ]
     if results["gates"]:
         rows = [
-            (g["metric"], g["subject"], g["limit"], g["value"], "passed" if g["passed"] else "FAILED")
-            for g in results["gates"]
+            (g["metric"], g["subject"], g["limit"], g["value"], "passed" if g["passed"] else "FAILED") for g in results["gates"]
         ]
         parts += ["<h2>Gates</h2>", _table(("metric", "subject", "limit", "value", ""), rows)]
     if results["fallbacks"]:
@@ -50,8 +49,7 @@ def write_report(path: Path, results: dict[str, Any], recipe: str) -> None:
     linears = [(b["name"], b["scheme"], b.get("sqnr_db"), b.get("relative_output_error")) for b in results["blocks"]]
     stages = [(s["name"], s["seconds"], s["peak_rss_gib"], s["peak_gpu_gib"]) for s in results["stages"]]
     exports = [
-        (e["format"], e["path"], e["bytes"], "lossless" if e["lossless"] else "re-quantized")
-        for e in results["exports"]
+        (e["format"], e["path"], e["bytes"], "lossless" if e["lossless"] else "re-quantized") for e in results["exports"]
     ]
     parts += [
         "<h2>Linears</h2>",
@@ -64,7 +62,8 @@ def write_report(path: Path, results: dict[str, Any], recipe: str) -> None:
         _table(("package", "version"), list(results["versions"].items())),
         f"<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>",
     ]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>qtool run</title><style>{STYLE}</style>"
+    meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head = f"{meta}<title>qtool run</title><style>{STYLE}</style>"
     write_text(path, f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n")
 
 

@@ -28,9 +28,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], ModelHandle]]:
     def carry_out(model: Path, *steps: dict[str, Any], name: str = "out") -> tuple[dict[str, Any], ModelHandle]:
         path = tmp_path / f"{name}.yaml"
         path.write_text(
-            yaml.safe_dump(
-                {"model": str(model), "pipeline": [{"calibrate/text": CALIBRATION}, *steps]}, sort_keys=False
-            )
+            yaml.safe_dump({"model": str(model), "pipeline": [{"calibrate/text": CALIBRATION}, *steps]}, sort_keys=False)
         )
         recipe: Recipe = load(path)
         results = run_recipe(recipe, tmp_path / name, Silent())

@@ -66,9 +66,7 @@ def test_a_pickled_checkpoint_is_refused(tiny_model: Callable[..., Path], run: C
         run(folder)
 
 
-def test_a_text_that_is_too_short_says_how_much_there_is(
-    tiny_model: Callable[..., Path], run: Callable[..., object]
-) -> None:
+def test_a_text_that_is_too_short_says_how_much_there_is(tiny_model: Callable[..., Path], run: Callable[..., object]) -> None:
     with pytest.raises(QtoolError, match=r"gives \d+ windows .* 9999 windows of 512 tokens are asked for"):
         run(tiny_model("llama"), "pipeline.calibrate/text.samples=9999", "pipeline.calibrate/text.length=512")
 
@@ -86,9 +84,7 @@ def test_a_full_disk_leaves_no_half_written_file(
 ) -> None:
     folder = tiny_model("llama")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (20_000, before[1])
-    )  # the system refuses longer files, as a full disk would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the system refuses longer files, as a full disk would
     try:
         with pytest.raises(QtoolError, match="cannot write block_000.safetensors.*free space"):
             run(folder)
@@ -107,9 +103,7 @@ def test_a_pattern_that_matches_nothing_stops_before_any_work(
     assert not list((tmp_path / "out" / "state").glob("0*"))
 
 
-def test_groups_that_do_not_divide_stop_before_any_work(
-    tiny_model: Callable[..., Path], run: Callable[..., object]
-) -> None:
+def test_groups_that_do_not_divide_stop_before_any_work(tiny_model: Callable[..., Path], run: Callable[..., object]) -> None:
     with pytest.raises(QtoolError, match="64 columns do not divide into groups of 96; use 32, 64"):
         run(tiny_model("llama"), "pipeline.quantize/gptq.scheme=w4a16g96")
 

@@ -110,9 +110,7 @@ def test_an_interrupt_after_any_advance_changes_no_bit(recipe: Path, tmp_path: P
         (["seed=2"], "recipe"),
     ],
 )
-def test_another_recipe_refuses_to_mix_with_old_state(
-    recipe: Path, tmp_path: Path, change: list[str], part: str
-) -> None:
+def test_another_recipe_refuses_to_mix_with_old_state(recipe: Path, tmp_path: Path, change: list[str], part: str) -> None:
     out = tmp_path / "out"
     run_recipe(load(recipe), out, Silent())
     with pytest.raises(QtoolError, match=f"another {part}.*--fresh"):
@@ -120,9 +118,7 @@ def test_another_recipe_refuses_to_mix_with_old_state(
     assert run_recipe(load(recipe, change), out, Silent(), fresh=True)["status"] == "done"
 
 
-def test_another_model_in_the_same_folder_is_noticed(
-    recipe: Path, tmp_path: Path, tiny_model: Callable[..., Path]
-) -> None:
+def test_another_model_in_the_same_folder_is_noticed(recipe: Path, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     out = tmp_path / "out"
     run_recipe(load(recipe), out, Silent())
     tiny_model("llama", dtype="bfloat16", num_hidden_layers=N_BLOCKS, seed=5)

@@ -25,9 +25,7 @@ SMALLEST = 1e-5  # of a scale, so that a dead channel does not divide by zero
 class SmoothQuantOptions(Options):
     """How far to go."""
 
-    alpha: float = Field(
-        0.5, ge=0, le=1, description="0: weights carry every outlier already; 1: activations become flat"
-    )
+    alpha: float = Field(0.5, ge=0, le=1, description="0: weights carry every outlier already; 1: activations become flat")
 
 
 def smoothquant(
@@ -43,9 +41,7 @@ def smoothquant(
         weights = [edited_weight(block, name, edits) for name in scaling.consumers]
         x_max = per_source(stats[scaling.consumers[0]].amax(), scaling)  # [channels of source]
         w_max = per_source(torch.cat(weights).abs().amax(0), scaling)
-        s = (x_max.clamp(min=SMALLEST) ** options.alpha / w_max.clamp(min=SMALLEST) ** (1 - options.alpha)).clamp(
-            min=SMALLEST
-        )
+        s = (x_max.clamp(min=SMALLEST) ** options.alpha / w_max.clamp(min=SMALLEST) ** (1 - options.alpha)).clamp(min=SMALLEST)
         scale_edits(block, scaling, s, edits)
     return edits
 

@@ -68,8 +68,7 @@ def test_the_seed_decides_the_order_and_nothing_else(jsonl: Path, tokenizer: obj
 
 def test_no_shipped_file_is_in_two_splits() -> None:
     splits = [
-        set(map(str, read_documents(TextOptions(source=f"demo:{name}"))))
-        for name in ("calibration", "validation", "test")
+        set(map(str, read_documents(TextOptions(source=f"demo:{name}")))) for name in ("calibration", "validation", "test")
     ]
     assert all(splits) and len(set.union(*splits)) == sum(map(len, splits))
 
@@ -98,9 +97,7 @@ def test_chat_messages_go_through_the_template(tmp_path: Path) -> None:
         ("someone/no-such-data", "the hub cannot give it"),
     ],
 )
-def test_a_wrong_source_says_what_is_wrong(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_source_says_what_is_wrong(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wrong.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "field.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")

@@ -73,8 +73,7 @@ def test_demo_cloze_asks_for_the_line_that_follows() -> None:
     rows = demo_cloze.load()["test"]
     items = demo_cloze.read_lines(demo_cloze.HERE / "demo_cloze.jsonl.gz")
     texts = {
-        row["file"]: row["text"].split("\n")
-        for row in demo_cloze.read_lines(demo_cloze.HERE.parent / "text" / "test.jsonl.gz")
+        row["file"]: row["text"].split("\n") for row in demo_cloze.read_lines(demo_cloze.HERE.parent / "text" / "test.jsonl.gz")
     }
     assert len(rows) == len(items) == 400
     for row, item in zip(rows, items, strict=True):

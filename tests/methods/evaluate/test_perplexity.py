@@ -61,9 +61,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tiny_model:
     assert metric.stderr == pytest.approx(0, abs=1e-9)
 
 
-def test_the_change_is_paired_window_by_window(
-    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle]
-) -> None:
+def test_the_change_is_paired_window_by_window(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle]) -> None:
     folder = tiny_model("llama")
     original, model = ModelHandle(ModelOptions(path=str(folder))), quantized(folder, "w4a16g32")
     value, change = perplexity(model, original, TEXT, seed=0)

@@ -96,9 +96,7 @@ def test_the_library_decodes_the_weights_of_the_model_in_memory(
 
 
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w8a8", "w8a8g32-asym", "w4a8-asym"])
-def test_qtool_reads_its_own_bytes_back(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
-) -> None:
+def test_qtool_reads_its_own_bytes_back(scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
     export(model, tmp_path / "out")
     again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
@@ -106,9 +104,7 @@ def test_qtool_reads_its_own_bytes_back(
     assert torch.equal(logits_of(again), logits_of(model))
 
 
-def test_every_scheme_is_a_group_that_names_its_linears(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
-) -> None:
+def test_every_scheme_is_a_group_that_names_its_linears(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
     schemes = {"q_proj": "w8a16", "down_proj": "w4a8g32", "layers.0.mlp.*": "w3a16g32", "mlp.*": "w4a16g16"}
     model = quantized(tiny_model("llama"), schemes)
     export(model, tmp_path / "out")
@@ -175,9 +171,7 @@ def test_scales_that_readers_cannot_hold_are_no_lossless_export(
     assert_same_weights(model, ModelHandle(ModelOptions(path=str(tmp_path / "out"))))
 
 
-def test_the_artifact_counts_and_digests_every_file(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
-) -> None:
+def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
     folder, out = tiny_model("llama"), tmp_path / "out"
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     artifact = export(quantized(folder, "w4a16g32"), out)

@@ -59,16 +59,12 @@ def test_names_are_those_of_the_original_checkpoint(
     assert keys(export(quantized(folder, "w4a16g32"), tmp_path / "out")) == keys(folder)
 
 
-def test_bfloat16_weights_are_equal_to_the_bit(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
-) -> None:
+def test_bfloat16_weights_are_equal_to_the_bit(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), "w3a16g32-asym")
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
 
-def test_experts_left_dense_are_written_too(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
-) -> None:
+def test_experts_left_dense_are_written_too(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("mixtral"), {"self_attn.*": "w4a16g32"})
     # float32 sums in another order: experts fused again
     torch.testing.assert_close(reload(export(model, tmp_path / "out")), logits_of(model), rtol=1e-5, atol=1e-5)
@@ -81,9 +77,7 @@ def test_a_tied_head_is_written_once(tiny_model: Callable[..., Path], quantized:
     assert torch.equal(reload(out), logits_of(model))
 
 
-def test_a_quantized_head_is_written_dense(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
-) -> None:
+def test_a_quantized_head_is_written_dense(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w4a16g32"})
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
@@ -111,9 +105,7 @@ def test_the_dtype_that_was_asked_for_is_written(tiny_model: Callable[..., Path]
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_a_compressed_export_can_be_made_dense(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
-) -> None:
+def test_a_compressed_export_can_be_made_dense(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
     (tmp_path / "packed").mkdir()
     compressed_tensors(model, tmp_path / "packed", CompressedTensorsOptions())
@@ -122,9 +114,7 @@ def test_a_compressed_export_can_be_made_dense(
     assert torch.equal(reload(out), logits_of(model))
 
 
-def test_quantized_activations_are_refused(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
-) -> None:
+def test_quantized_activations_are_refused(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
     model = quantized(tiny_model("llama"), "w8a8")
     with pytest.raises(QtoolError, match="q_proj is quantized to w8a8, but a dense checkpoint holds weights alone"):
         export(model, tmp_path / "out")

@@ -68,9 +68,7 @@ def test_a_pattern_gives_what_explicit_elimination_gives(pattern: str, block: in
 
 
 @pytest.mark.parametrize(("block", "n_zero"), [(12, 36), (4, 12), (6, 18)])
-def test_unstructured_gives_what_explicit_elimination_gives(
-    block: int, n_zero: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unstructured_gives_what_explicit_elimination_gives(block: int, n_zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
     W, stats = problem()
     pruned, expected = run(W, stats, sparsity=0.5), golden(W, stats, block, n_zero, per_row=False)

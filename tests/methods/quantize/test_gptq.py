@@ -114,9 +114,7 @@ def test_codes_equal_those_of_solving_all_later_columns_anew(act_order: str, sho
 
 
 @pytest.mark.parametrize("act_order", ["none", "group"])
-def test_the_golden_catches_a_wrong_slice_that_the_law_lets_pass(
-    act_order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_golden_catches_a_wrong_slice_that_the_law_lets_pass(act_order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors spread past the group at once and a second time after it: still better than rounding, and wrong."""
     Begin, Settle = Callable[[int, int], None], Callable[[int, Tensor], Tensor]
 
@@ -214,9 +212,7 @@ def test_an_all_zero_group_in_weights_without_correlation_stays_zero(act_order: 
 @pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("short", ["w4a16g64", "w4a16g64-asym", "w3a16"])
 @pytest.mark.parametrize(("n_out", "n_in"), [(1, 64), (5, 192), (1, 1024 + 64)])
-def test_widths_that_are_no_power_of_two_and_one_output_channel_work(
-    act_order: str, short: str, n_out: int, n_in: int
-) -> None:
+def test_widths_that_are_no_power_of_two_and_one_output_channel_work(act_order: str, short: str, n_out: int, n_in: int) -> None:
     W, stats = problem(n_out, n_in, 100)
     tensor = run(W, stats, short, act_order=act_order)
     assert tensor.shape == (n_out, n_in)
