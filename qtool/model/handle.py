@@ -123,6 +123,7 @@ class ModelHandle:
     """Owns the skeleton, the checkpoint and the changes made so far; see the module's docstring."""
 
     def __init__(self, options: ModelOptions, changes: tuple[Path, ...] = ()) -> None:
+        return_free_memory()
         self.options = options
         self.changes = changes
         self.folder = resolve_folder(options)
@@ -209,7 +210,9 @@ class ModelHandle:
 
     def load(self, root: nn.Module, prefix: str, unit: str) -> None:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
+        changes = self.unit_changes(unit)
         inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
+        inside = [name for name in inside if name not in changes]
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
@@ -218,7 +221,7 @@ class ModelHandle:
                     quantized = read_compressed(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
                         self._place_quantized(root, name, *quantized)
-        for name, value in self.unit_changes(unit).items():
+        for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
             else:
@@ -404,10 +407,15 @@ class ModelHandle:
 
 
 def return_free_memory() -> None:
-    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up."""
+    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up.
+
+    Pieces of 4 MiB and more come from the system directly and go back at once, smaller ones are returned here.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library, which needs no telling
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            glibc = ctypes.CDLL("libc.so.6")
+            glibc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MiB
+            glibc.malloc_trim(0)
 
 
 def _get(root: nn.Module, name: str) -> Tensor:

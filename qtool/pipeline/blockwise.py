@@ -20,7 +20,7 @@ from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.layers.quant_linear import QuantLinear
-from qtool.model.handle import Block, ModelHandle
+from qtool.model.handle import Block, ModelHandle, return_free_memory
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.store import Changes, save_changes
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
@@ -198,13 +198,10 @@ def change_linears(
             batches.append((scheme, [name]))
     for scheme, members in batches:
         begun = time.perf_counter()
-        W = torch.cat([weight_of(block.get(name)) for name in members])  # [out of all, in]
-        n_rows, note = len(W), work.note(members[0])
-        if scheme is not None:
-            quantized = method.run(W, stats, scheme.weights, options, note)
-        else:
-            pruned = method.run(W, stats, options, note)
-        del W  # the method may have written into it
+        n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
+        chosen = (options,) if scheme is None else (scheme.weights, options)
+        # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
+        result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), stats, *chosen, note)
         seconds = time.perf_counter() - begun
         start = 0
         for name in members:
@@ -212,12 +209,12 @@ def change_linears(
             before = weight_of(layer)
             stop = start + len(before)
             if scheme is not None:
-                part = quantized.rows(start, stop)
+                part = result.rows(start, stop)
                 install(block, name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
                 work.changes[f"{name}.weight"] = (part, scheme)
                 after = part.dequantize()
             else:
-                after = pruned[start:stop]
+                after = result[start:stop]
                 weight = block.module.get_parameter(f"{name}.weight".removeprefix(f"{block.name}."))
                 weight.data = oriented(layer, after).to(weight.dtype)
                 work.changes[f"{name}.weight"] = weight.data
@@ -230,6 +227,7 @@ def change_linears(
                 }
             )
             start = stop
+        return_free_memory()
 
 
 def install(block: Block, name: str, layer: nn.Module) -> None:

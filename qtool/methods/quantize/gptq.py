@@ -6,8 +6,8 @@ Minimize tr((W - Q) H (W - Q)ᵀ) over grid points Q, column c by column c:
 Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: ranges may be searched, with the weights 1 / U_jj²,
 the curvature of column j while later ones can still make up for it; errors spread as linalg/sweep.py tells.
 Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
-Why these defaults: on the demo model at w3a16g128 the mean relative output error is 0.76 %; with act_order none 0.89 %,
-with group 0.81 %, with range minmax 1.02 %, mse 0.80 % (plain rounding: 3.88 %).
+Why these defaults: on the demo model at w3a16g128 the mean relative output error on text that calibration did not see is
+1.16 %; with act_order none 1.25 %, with group 1.18 %, with range minmax 1.58 %, mse 1.19 % (plain rounding: 4.40 %).
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def gptq(
     columns = W.T[order]  # [in, out], in turn
     pruned = columns == 0  # [in, out]: exact zeros stay zero, so that a sparse layer keeps its pattern
     is_sparse = bool(pruned.any())
-    codes = torch.empty_like(columns)  # [in, out], as W stands
+    codes = torch.empty_like(columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)  # [in, out], as W stands
     scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
     turns = order.tolist()
 
@@ -76,12 +76,14 @@ def gptq(
         g = turns[c] // group
         params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
         w = w.masked_fill(pruned[c], 0) if is_sparse else w
-        codes[turns[c]] = scheme.grid.encode(w, params)
-        return scheme.grid.decode(codes[turns[c]], params)
+        q = scheme.grid.encode(w, params)  # [out]
+        codes[turns[c]] = q
+        return scheme.grid.decode(q, params)
 
     is_fitted = options.act_order == "static" or n_groups == 1
     if is_fitted:
         fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), scheme, options)
+    del W, grouped  # `columns` holds them now
     sweep(columns, U, LEAF if is_fitted else group, begin, settle)
     params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
     return assemble(codes.T.contiguous(), params, scheme)
