@@ -123,7 +123,6 @@ class ModelHandle:
     """Owns the skeleton, the checkpoint and the changes made so far; see the module's docstring."""
 
     def __init__(self, options: ModelOptions, changes: tuple[Path, ...] = ()) -> None:
-        return_free_memory()
         self.options = options
         self.changes = changes
         self.folder = resolve_folder(options)
@@ -407,15 +406,10 @@ class ModelHandle:
 
 
 def return_free_memory() -> None:
-    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up.
-
-    Pieces of 4 MiB and more come from the system directly and go back at once, smaller ones are returned here.
-    """
+    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library, which needs no telling
-            glibc = ctypes.CDLL("libc.so.6")
-            glibc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MiB
-            glibc.malloc_trim(0)
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _get(root: nn.Module, name: str) -> Tensor:

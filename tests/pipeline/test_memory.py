@@ -1,5 +1,6 @@
 """A model ten times larger than the memory budget is quantized within the budget."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,10 @@ def test_peak_memory_stays_within_three_blocks_statistics_and_activations(
         recipes.append(tmp_path / f"{folder.name}.yaml")
         recipes[-1].write_text(yaml.safe_dump({"model": str(folder), "pipeline": steps}, sort_keys=False))
     command = [sys.executable, "-c", CHILD, *map(str, recipes), str(tmp_path / "out")]
-    own, *stages = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    # glibc hands pieces above 32 MiB, which is what large models' tensors are, back to the system at once; this model's
+    # tensors are smaller, so the limit is lowered for them to be treated alike.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    own, *stages = map(float, done.stdout.split())
     above = [round((stage - own) * 1024) for stage in stages]
     assert max(above) <= budget / 2**20, f"{above} MiB above the interpreter's own by stage, budget {budget / 2**20:.0f} MiB"
