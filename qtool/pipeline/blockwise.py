@@ -201,7 +201,10 @@ def change_linears(
         n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
         chosen = (options,) if scheme is None else (scheme.weights, options)
         # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
-        result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), stats, *chosen, note)
+        try:
+            result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), stats, *chosen, note)
+        except QtoolError as error:
+            raise QtoolError(f"{method.key}: {members[0]}: {error}") from error
         seconds = time.perf_counter() - begun
         start = 0
         for name in members:
