@@ -12,6 +12,7 @@ Why wheels, not whatever happens to be installed: a pinned list makes the text t
 """
 
 import argparse
+import copy
 import gzip
 import hashlib
 import json
@@ -30,6 +31,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import quantize
 
 ASSETS = Path(__file__).resolve().parent.parent / "qtool" / "assets" / "demo"
 LENGTH = 512  # tokens in a training window, and the model's context
@@ -215,10 +219,30 @@ def train(
     model = model.to(torch.bfloat16).eval()
     loss = mean_loss(model, valid, len(valid) // LENGTH)
     facts = {
-        "tokens": float(steps * batch * LENGTH), "steps": float(steps), "unique_tokens": float(len(stream)),
-        "validation_loss": loss, "validation_perplexity": math.exp(loss), "validation_tokens": float(len(valid)),
-    }  # fmt: skip
+        "tokens": float(steps * batch * LENGTH),
+        "steps": float(steps),
+        "unique_tokens": float(len(stream)),
+        "rounding_kl": rounding_kl(model, valid, "w3a16g128"),
+        "validation_loss": loss,
+        "validation_perplexity": math.exp(loss),
+        "validation_tokens": float(len(valid)),
+    }
     return model, facts
+
+
+def rounding_kl(model: LlamaForCausalLM, stream: torch.Tensor, scheme: str) -> float:
+    """Mean KL in nats per token that plain rounding of the blocks' linears costs: how much the model has to lose."""
+    weights = Scheme.model_validate(scheme).weights
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in rounded.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(quantize(module.weight.float(), weights).dequantize())
+        total, windows = 0.0, stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+        for rows in windows.split(8):
+            p, q = (one(rows).logits[:, :-1].float().log_softmax(-1) for one in (model, rounded))
+            total += float((p.exp() * (p - q)).sum())
+    return total / (len(windows) * (LENGTH - 1))
 
 
 def cloze_items(rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, object]]:
@@ -270,6 +294,7 @@ that has really learned something; it is no assistant. Made by `scripts/train_de
 | training tokens | {facts["tokens"]:,.0f} in {facts["steps"]:,.0f} steps, from {facts["unique_tokens"]:,.0f} different ones |
 | validation loss | {facts["validation_loss"]:.4f} nats per token over {facts["validation_tokens"]:,.0f} tokens |
 | validation perplexity | {facts["validation_perplexity"]:.3f} |
+| KL of plain rounding to w3a16g128 | {facts["rounding_kl"]:.3f} nats per token on validation |
 
 Optimizer: Muon (rate 0.02) on the matrices of the blocks, AdamW (0.006) on embeddings, norms and head; 50 steps of
 warm-up, constant to the half, then linear to zero; windows of {LENGTH} tokens; bf16 autocast over float32 weights.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qtool.model.store import save_changes  # noqa: E402
 from qtool.options import ModelOptions, matches  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, which tests press
 transformers.logging.disable_progress_bar()
 
 DEMO = Path(qtool.__file__).parent / "assets" / "demo" / "model"
