@@ -1,4 +1,4 @@
-"""calibrate/text: windows of tokens from text, the inputs that later steps take their statistics from.
+"""Windows of tokens from text, the inputs that later steps take their statistics from.
 
     tokens [samples, length]
 Source: the usual 128 windows of GPTQ (arXiv:2210.17323, section 4) and AWQ (arXiv:2306.00978, section 5).

@@ -1,4 +1,4 @@
-"""distill/logits: train the compressed model to give the original's next-token distribution.
+"""Train the compressed model to give the original's next-token distribution.
 
     L = T² mean over tokens of  sum_v p_v (log p_v - log q_v),    p = softmax(teacher / T),  q = softmax(student / T)
     teacher, student [tokens, vocab] logits

@@ -1,4 +1,4 @@
-"""fold_norms: move every norm's gain into the linears that read it, so that the norm only normalizes.
+"""Move every norm's gain into the linears that read it, so that the norm only normalizes.
 
     gain_j <- 1,    W[:, j] <- W[:, j] gain_j        gain [in] of the norm    W [out, in] of each linear that it feeds
 Rotations need this, and weights see the scale of their true input. The last norm, which feeds the head, stays.
