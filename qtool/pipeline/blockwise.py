@@ -49,8 +49,6 @@ def run_blockwise(
 ) -> dict[str, Any]:
     """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks."""
     needs = method.needed(options)
-    if isinstance(options, Selection):
-        check_selection(model, method, options)
     needs_inputs = needs != "nothing" or method.kind == "transform"
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
@@ -104,7 +102,7 @@ def collect(model: ModelHandle, folder: StepFolder) -> dict[str, Any]:
 
 
 def check_selection(model: ModelHandle, method: Method, options: Selection) -> None:
-    """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide, a pruned code."""
+    """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide."""
     names = model.linear_names()
     require_matches(method.key, options.patterns(), names)
     if isinstance(options, SchemeSelection):

@@ -37,12 +37,11 @@ class RunFolder:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise QtoolError(f"--out: {self.path} cannot be written: {error.strerror}; choose another folder") from error
-        self.check(fingerprint)
-        write_text(self.state / "fingerprint.json", json.dumps({**self._fingerprint(), **fingerprint}, indent=1))
+        self.record(fingerprint)
 
     def check(self, fingerprint: dict[str, str]) -> None:
-        """Raise QtoolError where the folder was begun with another recipe, model or text; record what is new."""
-        known = self._fingerprint()
+        """Raise QtoolError where steps were done with another recipe, model or text; before the first, nothing can mix."""
+        known = self._fingerprint() if any(path.is_dir() for path in self.state.glob("*")) else {}
         changed = [part for part, digest in fingerprint.items() if known.get(part, digest) != digest]
         if changed:
             raise QtoolError(

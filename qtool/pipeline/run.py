@@ -19,7 +19,7 @@ from qtool.artifact import Artifact, Metric
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
-from qtool.model.handle import ModelHandle, resolve_folder
+from qtool.model.handle import ModelHandle
 from qtool.model.store import write_text
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
@@ -35,13 +35,12 @@ CHANGING = ("transform", "quantize", "prune", "factorize", "distill")
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
     """Carry out a recipe in the folder `out`; returns what results.json holds."""
-    folder = RunFolder(out)
-    source = resolve_folder(recipe.model)
-    folder.open({"recipe": recipe.digest, "model": digest_model(source)}, fresh)
-    write_text(out / "recipe.yaml", recipe.to_yaml())
     original = ModelHandle(recipe.model)
     for step in recipe.steps:
         check_step(step, original)
+    folder = RunFolder(out)
+    folder.open({"recipe": recipe.digest, "model": digest_model(original.folder)}, fresh)
+    write_text(out / "recipe.yaml", recipe.to_yaml())
     run = Run(recipe, folder, original, progress)
     for index, step in enumerate(recipe.steps):
         run.carry_out(index, step)

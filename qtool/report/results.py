@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from qtool.artifact import Artifact, Metric
@@ -22,14 +23,7 @@ PACKAGES = (
 
 def metric_row(metric: Metric, subject: str) -> dict[str, Any]:
     """One entry of `metrics`; subject is `original`, `compressed` or `export:<format>`."""
-    return {
-        "name": metric.name,
-        "subject": subject,
-        "dataset": metric.dataset,
-        "value": metric.value,
-        "unit": metric.unit,
-        "stderr": metric.stderr,
-    }
+    return {**asdict(metric), "subject": subject}
 
 
 def export_row(artifact: Artifact, root: str) -> dict[str, Any]:

@@ -111,3 +111,13 @@ def test_groups_that_do_not_divide_stop_before_any_work(tiny_model: Callable[...
 def test_a_tied_head_cannot_be_quantized(tiny_model: Callable[..., Path], run: Callable[..., object]) -> None:
     with pytest.raises(QtoolError, match="lm_head is tied to the embedding"):
         run(tiny_model("gpt2"), "pipeline.quantize/gptq.ignore=[]")
+
+
+def test_a_mistake_put_right_needs_no_fresh_start(
+    tiny_model: Callable[..., Path], run: Callable[..., dict[str, object]]
+) -> None:
+    folder = tiny_model("llama")
+    for mistake in ("pipeline.quantize/gptq.ignore=[mlp.gatee_proj]", "pipeline.calibrate/text.samples=99999"):
+        with pytest.raises(QtoolError):
+            run(folder, mistake)
+    assert run(folder)["status"] == "done"

@@ -1,4 +1,4 @@
-"""A compressed-tensors checkpoint: packed integer weights that transformers, vLLM and llm-compressor read.
+"""A compressed-tensors checkpoint: packed integer weights, in the layout that transformers reads.
 
 Weights alone are written pack-quantized, weights of 2 to 8 bits with quantized activations int-quantized (one byte a
 code); the layouts stand in qtool/model/compressed.py. The linears of one scheme are one group in config.json's
