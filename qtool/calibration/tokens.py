@@ -100,6 +100,21 @@ def read_tokens(options: TextOptions, tokenizer: object, seed: int) -> Tensor:
     return torch.tensor(windows, dtype=torch.int64)
 
 
+def check_length(where: str, options: TextOptions, config: object) -> None:
+    """Raise QtoolError for windows longer than what a text model's config says it takes; configs may leave it open.
+
+    Why rotary models too, which compute at any position: beyond those that they were trained on, statistics and metrics
+    say little about the model as it is used. A config that stretches its rotary positions states the stretched number.
+    """
+    limit = getattr(config, "max_position_embeddings", None)  # transformers' name; attribute_map has the config's own
+    if limit is not None and options.length > limit:
+        name = getattr(config, "attribute_map", {}).get("max_position_embeddings", "max_position_embeddings")
+        raise QtoolError(
+            f"{where}: length {options.length} is more than the model's {limit} positions (config.{name}); "
+            f"use length: {limit} or less"
+        )
+
+
 def digest_tokens(tokens: Tensor) -> str:
     """SHA-256 of shape and ids."""
     return hashlib.sha256(repr(tuple(tokens.shape)).encode() + tokens.numpy().tobytes()).hexdigest()

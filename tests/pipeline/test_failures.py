@@ -108,6 +108,21 @@ def test_groups_that_do_not_divide_stop_before_any_work(tiny_model: Callable[...
         run(tiny_model("llama"), "pipeline.quantize/gptq.scheme=w4a16g96")
 
 
+@pytest.mark.parametrize(
+    ("family", "stated"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("llama", "max_position_embeddings")]
+)
+def test_windows_longer_than_the_model_takes_stop_before_any_work(
+    family: str, stated: str, tiny_model: Callable[..., Path], run: Callable[..., object], tmp_path: Path
+) -> None:
+    message = (
+        r"recipe\.yaml:\d+: calibrate/text: length 513 is more than the model's 512 positions "
+        rf"\(config\.{stated}\); use length: 512 or less"
+    )
+    with pytest.raises(QtoolError, match=message):
+        run(tiny_model(family), "pipeline.calibrate/text.length=513")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tied_head_cannot_be_quantized(tiny_model: Callable[..., Path], run: Callable[..., object]) -> None:
     with pytest.raises(QtoolError, match="lm_head is tied to the embedding"):
         run(tiny_model("gpt2"), "pipeline.quantize/gptq.ignore=[]")

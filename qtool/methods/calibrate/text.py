@@ -7,7 +7,7 @@ Source: the usual 128 windows of GPTQ (arXiv:2210.17323, section 4) and AWQ (arX
 from pydantic import Field
 from torch import Tensor
 
-from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.calibration.tokens import TextOptions, check_length, read_tokens
 from qtool.model.handle import ModelHandle
 from qtool.registry import Method
 
@@ -23,4 +23,9 @@ def text(model: ModelHandle, options: CalibrationOptions, seed: int) -> Tensor:
     return read_tokens(options, model.tokenizer, seed)
 
 
-METHOD = Method(run=text, options=CalibrationOptions, scope="model")
+def check_windows(model: ModelHandle, options: CalibrationOptions) -> None:
+    """Raise QtoolError for windows longer than the model takes, before any work."""
+    check_length("calibrate/text", options, model.config.get_text_config())
+
+
+METHOD = Method(run=text, options=CalibrationOptions, scope="model", check=check_windows)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.artifact import Metric
-from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.calibration.tokens import TextOptions, check_length, read_tokens
 from qtool.model.handle import ModelHandle
 from qtool.registry import Method
 
@@ -53,7 +53,8 @@ def metric(name: str, dataset: str, values: Tensor, unit: str) -> Metric:
 
 
 def check_text(model: ModelHandle, options: KlOptions) -> None:
-    """Raise QtoolError for a text that is missing or too short, before any work."""
+    """Raise QtoolError for windows longer than the model takes, or a text that is missing or too short, before any work."""
+    check_length("evaluate/kl_divergence", options, model.config.get_text_config())
     read_tokens(options, model.tokenizer, 0)
 
 

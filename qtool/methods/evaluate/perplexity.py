@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.artifact import Metric
-from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.calibration.tokens import TextOptions, check_length, read_tokens
 from qtool.model.handle import ModelHandle
 from qtool.registry import Method
 
@@ -60,7 +60,8 @@ def standard_error(derivative: float, values: Tensor) -> float | None:
 
 
 def check_text(model: ModelHandle, options: PerplexityOptions) -> None:
-    """Raise QtoolError for a text that is missing or too short, before any work."""
+    """Raise QtoolError for windows longer than the model takes, or a text that is missing or too short, before any work."""
+    check_length("evaluate/perplexity", options, model.config.get_text_config())
     read_tokens(options, model.tokenizer, 0)
 
 

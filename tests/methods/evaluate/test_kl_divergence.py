@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qtool.calibration.tokens import read_tokens
-from qtool.methods.evaluate.kl_divergence import KlOptions, kl_divergence
+from qtool.errors import QtoolError
+from qtool.methods.evaluate.kl_divergence import METHOD, KlOptions, kl_divergence
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
@@ -56,3 +57,9 @@ def test_one_window_has_no_standard_error() -> None:
     model = ModelHandle(ModelOptions(path="demo"))
     divergence, agreement = kl_divergence(model, model, TEXT.model_copy(update={"samples": 1}), seed=0)
     assert (divergence.stderr, agreement.stderr) == (None, None)
+
+
+def test_windows_longer_than_the_model_takes_are_refused_before_any_work() -> None:
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match="^evaluate/kl_divergence: length 513 is more than the model's 512 positions"):
+        METHOD.check(ModelHandle(ModelOptions(path="demo")), TEXT.model_copy(update={"length": 513}))

@@ -88,6 +88,20 @@ def test_windows_come_in_file_order_whatever_the_seed() -> None:
     assert perplexity(model, model, TEXT, seed=0) == perplexity(model, model, TEXT, seed=1)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_windows_end_where_the_table_of_positions_does(family: str, tiny_model: Callable[..., Path]) -> None:
+    model = ModelHandle(ModelOptions(path=str(tiny_model(family, max_position_embeddings=48))))
+    assert METHOD.check is not None
+    METHOD.check(model, TEXT)
+    [metric] = perplexity(model, model, TEXT, seed=0)
+    assert math.isfinite(metric.value)
+    longer = TEXT.model_copy(update={"length": 49})
+    with pytest.raises(QtoolError, match="^evaluate/perplexity: length 49 is more than the model's 48 positions"):
+        METHOD.check(model, longer)
+    with pytest.raises(IndexError):  # what the check spares the user
+        perplexity(model, model, longer, seed=0)
+
+
 def test_a_text_that_is_too_short_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("def f(): pass\n")
     options = PerplexityOptions(source=str(tmp_path / "short.txt"))
