@@ -34,6 +34,11 @@ def describe_folder(format: str, path: Path, lossless: bool) -> Artifact:
     return Artifact(format, path, sum(file.stat().st_size for file in files), lossless, digests)
 
 
+def is_intact(folder: Path, sha256: dict[str, str]) -> bool:
+    """Whether every file of an artifact stands with its bytes; files that others put beside them do not count."""
+    return all((folder / name).is_file() and digest_file(folder / name) == digest for name, digest in sha256.items())
+
+
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact import Artifact, Metric
+from qtool.artifact import Artifact, Metric, is_intact
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
@@ -88,7 +88,7 @@ class Run:
     def carry_out(self, index: int, step: Step) -> None:
         """Do one step, or take up what it recorded when it was done before."""
         state = StepFolder(self.folder, index, step.key)
-        result = state.result()
+        result = self._recorded(step, state)
         self.folder.event("step", key=step.key, done_before=result is not None)
         if step.method.kind in CHANGING:
             self.changes = (*self.changes, state.path)
@@ -108,6 +108,15 @@ class Run:
         self.exports += result.get("exports", [])
         for text in result.get("fallbacks", []):
             self.progress.note(f"{step.key}: {text}")
+
+    def _recorded(self, step: Step, state: StepFolder) -> dict[str, Any] | None:
+        """What the step recorded when it was done; None where it is not, or where its export is not as it was written."""
+        result = state.result()
+        for row in (result or {}).get("exports", []):
+            if not is_intact(self.folder.path / row["path"], row["sha256"]):
+                self.progress.note(f"{step.key}: {row['path']} is not as it was written; it is written again")
+                return None
+        return result
 
     def _work(self, step: Step, state: StepFolder) -> dict[str, Any]:
         """One step's own work, by kind."""
@@ -146,7 +155,7 @@ class Run:
         return export_row(artifact, f"exports/{name}")
 
     def evaluate_export(self, row: dict[str, Any]) -> None:
-        """Run every evaluate step on an export's own bytes, read back from disk."""
+        """Run every evaluate step on an export's own bytes, read back from disk; what was measured counts for those bytes."""
         subject = f"export:{row['format']}"
         path = self.folder.path / row["path"]
         options = self.recipe.model.model_copy(update={"path": str(path), "revision": None})
@@ -155,11 +164,11 @@ class Run:
                 continue
             state = StepFolder(self.folder, index, f"{step.key}@{row['format']}")
             result = state.result()
-            if result is None:
+            if result is None or result.get("sha256") != row["sha256"]:
                 self.progress.stage(f"{step.key} of {subject}", 1)
                 with located(step), Stage(f"{step.key} of {subject}") as stage:
                     result = {"metrics": self._measure(step, subject, ModelHandle(options))}
-                result["stage"] = stage.facts
+                result |= {"stage": stage.facts, "sha256": row["sha256"]}
                 state.finish(result)
             self.metrics += result["metrics"]
             self.stages.append(result["stage"])
@@ -204,7 +213,7 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
 
 
 def evaluate_target(target: str, steps: Sequence[Step], progress: Progress, device: str = "auto") -> dict[str, Any]:
-    """Measure a run's compressed model against its original, or a checkpoint alone."""
+    """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first."""
     path = Path(target)
     if (path / "state").is_dir():
         recipe, changes = finished_run(path)
@@ -215,6 +224,8 @@ def evaluate_target(target: str, steps: Sequence[Step], progress: Progress, devi
         original = ModelHandle(ModelOptions(path=target, device=device))
         subjects, seed = [("original", original)], 0
     metrics = []
+    for step in steps:
+        check_step(step, original)
     for step in steps:
         progress.stage(step.key, len(subjects))
         for name, model in subjects:

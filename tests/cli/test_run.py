@@ -116,6 +116,13 @@ def test_eval_measures_a_run_by_its_own_steps_and_by_stated_ones(folder: Path) -
     assert "demo:validation" in measured.stdout and "compressed" in measured.stdout
 
 
+def test_eval_checks_every_step_before_it_measures() -> None:
+    refused = invoke("eval", "demo", "--source", "demo:test", "--length", "600", "--tasks", "demo_cloze")
+    assert refused.exit_code == 2
+    assert "evaluate/perplexity: length 600 is more than the model's 512 positions" in refused.stderr
+    assert "evaluate/" not in refused.stdout  # no stage began
+
+
 def test_export_writes_another_format_of_a_finished_run(folder: Path) -> None:
     written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", folder / "packed")
     assert written.exit_code == 0, written.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,68 @@ def test_another_text_under_the_same_name_is_noticed(recipe: Path, tmp_path: Pat
     text.write_text("".join(rows[1:]))
     with pytest.raises(QtoolError, match="another text"):
         run_recipe(load(recipe, changed), tmp_path / "out", Silent())
+
+
+class Stages(Silent):
+    """Remembers which stages began, and what was noted."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+        self.noted: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.began.append(name)
+
+    def note(self, text: str) -> None:
+        self.noted.append(text)
+
+
+@pytest.fixture
+def measured(recipe: Path) -> Path:
+    """The recipe with a measurement in place of its first export."""
+    content = yaml.safe_load(recipe.read_text())
+    content["pipeline"][3] = {"evaluate/perplexity": {"source": "demo:test", "samples": 2, "length": 32}}
+    recipe.write_text(yaml.safe_dump(content))
+    return recipe
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut short"])
+def test_an_export_that_does_not_stand_is_written_again_with_the_same_bytes(
+    measured: Path, tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    first, bytes_before = run_recipe(load(measured), out, Silent()), exported_bytes(out)
+    export = out / "exports" / "compressed_tensors"
+    if damage == "deleted":
+        shutil.rmtree(export)
+    else:
+        (export / "model.safetensors").write_bytes(b"cut short")
+    progress = Stages()
+    again = run_recipe(load(measured), out, progress)
+    assert progress.began == ["calibrate/text", "export/compressed_tensors"]  # equal bytes need no second measurement
+    assert "exports/compressed_tensors is not as it was written" in progress.noted[0]
+    assert exported_bytes(out) == bytes_before != {}
+    assert (again["exports"], again["metrics"]) == (first["exports"], first["metrics"])
+
+
+def test_files_beside_an_export_are_left_alone(recipe: Path, tmp_path: Path) -> None:
+    run_recipe(load(recipe), tmp_path / "out", Silent())
+    card = tmp_path / "out" / "exports" / "safetensors" / "README.md"
+    card.write_text("mine")
+    run_recipe(load(recipe), tmp_path / "out", Silent())
+    assert card.read_text() == "mine"
+
+
+def test_an_export_that_comes_out_otherwise_is_measured_again(measured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run_recipe(load(measured), out, Silent())
+    shutil.rmtree(out / "exports")
+    settings = Path(load(measured).model.path) / "tokenizer_config.json"  # the export takes the tokenizer along
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "{{ messages }}"}))
+    progress = Stages()
+    again = run_recipe(load(measured), out, progress)
+    assert progress.began[-1] == "evaluate/perplexity of export:compressed_tensors"
+    assert again["exports"] != first["exports"]
 
 
 def test_the_same_command_on_a_finished_run_repeats_its_results(recipe: Path, tmp_path: Path) -> None:
