@@ -6,6 +6,7 @@ arrive as the fused tensor that the module holds. Nothing but safetensors is rea
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qtool.errors import QtoolError
+
+EXPERT = re.compile(r"(.+\.experts)\.(gate_up|down)\.(\d+)")  # a linear of layers/experts.py by its full name
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -67,6 +70,21 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         return list(self._sources)
+
+    def stored_as(self, name: str) -> list[str]:
+        """The linears, by names that `read` takes, that checkpoints keep the linear `name` as.
+
+        An expert's gate_up is two of them, whose outputs it joins; there are none where experts are stored fused.
+        """
+        expert = EXPERT.fullmatch(name)
+        if expert is None:
+            return [name]
+        experts, side, index = expert.groups()
+        patterns = [pattern for entry in self._converters for pattern in entry.source_patterns]  # such as .experts.*.w1.weight
+        parts = dict.fromkeys(part for pattern in patterns for part in re.findall(r"(\w+)\.weight$", pattern))
+        names = [f"{experts}.{index}.{part}" for part in parts]
+        fused = f"{experts}.{side}_proj"
+        return [part for part in names if rename_source_key(f"{part}.weight", [], self._converters)[0] == fused]
 
     def read(self, names: list[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the names that the checkpoint has, floats cast to dtype, checked to be finite."""

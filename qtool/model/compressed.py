@@ -7,6 +7,7 @@ int-quantized, where activations are quantized too:
     NAME.weight [out, in] int8               NAME.weight_scale [out, groups]
     NAME.weight_zero_point [out, groups] int8, where asymmetric
 Codes are signed: asymmetric ones, and zero points, are shifted by -2^(bits - 1). Packing shifts all of them back.
+The linears of a mixture's experts stand one by one, gate and up apart, under the names of its dense checkpoints.
 Source: compressed-tensors 0.20, compressors/pack_quantized and compressors/naive_quantized.
 """
 
@@ -29,30 +30,11 @@ SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
     """The scheme of the linear `name`; None where it is dense. Raises QtoolError for what qtool cannot decode."""
-    if config.get("quant_method") != "compressed-tensors":
-        raise QtoolError(f"model: quantization by {config.get('quant_method')} cannot be read; compressed-tensors can")
-    scale = dict(checkpoint.read([f"{name}.weight_scale"], None)).get(f"{name}.weight_scale")
-    if scale is None:
-        return None
-    groups = config["config_groups"].values()
-    group = next((group for group in groups if any(_fits(name, target) for target in group["targets"])), None)
-    if group is None:
-        raise QtoolError(f"model: {name} is quantized, but no group in config.json's quantization_config names it")
-    weights, activations = group["weights"], group.get("input_activations")
-    kind = f"{weights['type']} {weights['strategy']}"
-    if kind not in ("int group", "int channel") or weights.get("actorder") == "group":
-        raise QtoolError(f"model: {name}: {kind} weights cannot be read, int group or channel without reordering can")
-    if activations is not None and not (activations["type"] == "int" and activations["dynamic"] is True):
-        raise QtoolError(f"model: {name}: only int activations scaled at run time (dynamic) can be read")
-    return Scheme(
-        weights=WeightScheme(
-            bits=weights["num_bits"],
-            group=weights["group_size"] if weights["strategy"] == "group" else None,
-            symmetric=weights["symmetric"],
-            scale_dtype=SCALE_NAMES[scale.dtype],
-        ),
-        activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
-    )
+    check_config(config)
+    schemes = [_read_scheme(checkpoint, part, config) for part in checkpoint.stored_as(name)]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise QtoolError(f"model: {name}: gate and up of one expert are stored as {schemes[0]} and {schemes[-1]}, not as one")
+    return schemes[0] if schemes else None
 
 
 def read_compressed(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None:
@@ -60,30 +42,84 @@ def read_compressed(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -
     scheme = read_scheme(checkpoint, name, config)
     if scheme is None:
         return None
+    parts = [_read_weights(checkpoint, part, scheme.weights) for part in checkpoint.stored_as(name)]
+    codes = torch.cat([part.codes for part in parts])  # [out, in]
+    scale = torch.cat([part.scale for part in parts])  # [out, groups]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    zero = torch.cat(zeros) if zeros else None  # [out, groups]
+    return QuantizedTensor(codes, scale, zero, scheme.weights), scheme
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise QtoolError for a quantization_config that changes more than the weights and inputs of linears."""
+    if config.get("quant_method") != "compressed-tensors":
+        raise QtoolError(f"model: quantization by {config.get('quant_method')} cannot be read; compressed-tensors can")
+    where = "model: config.json's quantization_config"
+    if config.get("kv_cache_scheme"):
+        raise QtoolError(f"{where}: a quantized cache (kv_cache_scheme) cannot be read; quantize again without it")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise QtoolError(f"{where}: rotations at run time (transform_config) cannot be read; quantize again without them")
+    for key, group in (config.get("config_groups") or {}).items():
+        if not isinstance(group, dict) or group.get("weights") is None:
+            raise QtoolError(f"{where}: {key} quantizes no weights; only linears with quantized weights can be read")
+
+
+def _read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
+    scale = dict(checkpoint.read([f"{name}.weight_scale"], None)).get(f"{name}.weight_scale")
+    if scale is None:
+        return None
+    group = _group_of(name, config.get("config_groups") or {})
+    if group is None:
+        raise QtoolError(f"model: {name} is quantized, but no group in config.json's quantization_config names it")
+    weights, activations = group["weights"], group.get("input_activations")
+    kind = f"{weights['type']} {weights['strategy']}"
+    if kind not in ("int group", "int channel") or weights.get("actorder") in ("group", "dynamic"):
+        raise QtoolError(f"model: {name}: {kind} weights cannot be read, int group or channel without reordering can")
+    if activations and (activations["type"], activations.get("strategy"), activations["dynamic"]) != ("int", "token", True):
+        raise QtoolError(f"model: {name}: only int activations scaled per token at run time (dynamic) can be read")
+    if group.get("output_activations"):
+        raise QtoolError(f"model: {name}: quantized outputs (output_activations) cannot be read, quantized inputs can")
+    try:
+        return Scheme(
+            weights=WeightScheme(
+                bits=weights["num_bits"],
+                group=weights["group_size"] if weights["strategy"] == "group" else None,
+                symmetric=weights["symmetric"],
+                scale_dtype=SCALE_NAMES[scale.dtype],
+            ),
+            activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
+        )
+    except ValueError as error:  # a number of bits, or a group, out of range
+        raise QtoolError(f"model: {name}: its scheme cannot be read: {' '.join(str(error).splitlines()[1:3])}") from error
+
+
+def _read_weights(checkpoint: Checkpoint, name: str, scheme: WeightScheme) -> QuantizedTensor:
+    """One linear as it is stored, its codes and zero points shifted to the grid's."""
     found = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{name}.{part}" for part in PARTS], None)}
-    bits, low = scheme.weights.bits, scheme.weights.grid.low
+    bits, low = scheme.bits, scheme.grid.low
     zero = found.get("weight_zero_point")
     if "weight_packed" in found:
         rows, columns = found["weight_shape"].tolist()
         codes = _unpack(name, found["weight_packed"], bits, columns) + low  # [out, in]
         if zero is not None:
             zero = _unpack(name, zero.T.contiguous(), bits, rows).T.contiguous()  # [out, groups]
-    else:
+    elif "weight" in found and found["weight"].dtype == torch.int8:
         shift = low + (1 << (bits - 1))
         codes = found["weight"].to(torch.int16) + shift  # [out, in]
         zero = None if zero is None else zero.to(torch.int16) + shift  # [out, groups]
-    if (zero is None) != scheme.weights.symmetric:
+    else:
+        raise QtoolError(f"model: {name} has a scale but neither packed codes nor int8 codes of its own; qtool reads those")
+    if (zero is None) != scheme.symmetric:
         raise QtoolError(f"model: {name}: zero points and the scheme's symmetry contradict each other; export again")
-    whole = torch.int8 if scheme.weights.symmetric else torch.uint8
     zero = None if zero is None else zero.to(torch.uint8)
-    return QuantizedTensor(codes.to(whole), found["weight_scale"], zero, scheme.weights), scheme
+    return QuantizedTensor(codes.to(torch.int8 if scheme.symmetric else torch.uint8), found["weight_scale"], zero, scheme)
 
 
-def _fits(name: str, target: str) -> bool:
-    """Whether a group's target means the linear: a name, Linear for all, or `re:` and what a name begins with."""
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in (name, "Linear")
+def _group_of(name: str, groups: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The group whose target means the linear: its name before a pattern (`re:`, and how a name begins) before Linear."""
+    targets = {target: group for group in groups.values() for target in group["targets"]}
+    patterns = [target for target in sorted(targets) if target.startswith("re:") and re.match(target[3:], name)]
+    return next((targets[target] for target in (name, *patterns, "Linear") if target in targets), None)
 
 
 def _unpack(name: str, words: Tensor, bits: int, columns: int) -> Tensor:

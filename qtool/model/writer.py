@@ -103,15 +103,17 @@ def write_checkpoint(
 ) -> None:
     """Stream the model with its changes into `out`.
 
-    `encode` gives the tensors of a quantized linear of some full name; without it, they are decoded to dense ones.
-    `quantization` becomes config.json's quantization_config. Raises QtoolError where the disk refuses.
+    `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names; without
+    it, they are decoded to dense ones. `quantization` becomes config.json's quantization_config. Raises QtoolError where
+    the disk refuses.
     """
+    fuses_experts = encode is None
     encode = encode or _decoder(model)
     writer = ShardWriter(out, shard_bytes)
     with model.outer():
-        writer.add(_named_as_stored(model, _tensors(model, model.model, "", encode)))
+        writer.add(_named_as_stored(model, _tensors(model, model.model, "", encode, fuses_experts)))
     for block in model.blocks():
-        writer.add(_named_as_stored(model, _tensors(model, block.module, f"{block.name}.", encode)))
+        writer.add(_named_as_stored(model, _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)))
     writer.close()
     for path in sorted(model.folder.iterdir()):
         if path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json"):
@@ -130,7 +132,7 @@ def _named_as_stored(model: ModelHandle, tensors: dict[str, Tensor]) -> dict[str
     return renamed
 
 
-def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode) -> dict[str, Tensor]:
+def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool) -> dict[str, Tensor]:
     """Every tensor under root by transformers' names, a tied one once; decoder blocks inside root are left out."""
     persistent = set(root.state_dict())
     found: dict[str, Tensor] = {}
@@ -145,7 +147,7 @@ def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode) -
             if module.bias is not None:
                 found[f"{full}bias"] = module.bias
             return
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and fuses_experts:
             for side, linears in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
                 weights = [_dense(linear, model.dtype) for linear in linears]
                 found[full + side] = torch.stack(weights)  # [experts, out, in]

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qtool.errors import QtoolError
@@ -108,9 +109,18 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Mod
         (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), "int block weights cannot"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "contradict each other"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "8 words do not hold 64 codes of 3"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="dynamic"), "int group weights cannot be read"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=1), "scheme cannot be read: bits .* equal to 2"),
+        (lambda c: c["config_groups"]["group_0"].update(weights=None), "group_0 quantizes no weights"),
+        (lambda c: c["config_groups"].update(W4A16=["Linear"]), "W4A16 quantizes no weights"),
+        (lambda c: c["config_groups"]["group_0"].update(output_activations=ACTIVATIONS), "quantized outputs .* cannot be read"),
         (
-            lambda c: c["config_groups"]["group_0"].update(input_activations=ACTIVATIONS | {"dynamic": False}),
-            "only int activations scaled at run time",
+            lambda c: c.update(kv_cache_scheme=ACTIVATIONS),
+            r"quantized cache \(kv_cache_scheme\) cannot .*; quantize again without",
+        ),
+        (
+            lambda c: c.update(transform_config={"config_groups": {"R3": {}}}),
+            r"rotations at run time \(transform_config\) cannot",
         ),
     ],
 )
@@ -118,6 +128,66 @@ def test_what_it_cannot_decode_is_refused(change: Callable[[dict[str, Any]], Non
     model = change_config(packed, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 16}]
+)
+def test_activations_that_it_would_round_otherwise_are_refused(wrong: dict[str, Any], packed: Path) -> None:
+    group = {"input_activations": ACTIVATIONS | wrong}
+    model = change_config(packed, lambda c: c["config_groups"]["group_0"].update(group))
+    with pytest.raises(
+        QtoolError, match=r"q_proj: (only int activations scaled per token at run time|its scheme cannot be read)"
+    ):
+        model.block(0)
+
+
+def test_a_config_without_groups_leaves_every_linear_dense(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    assert model.schemes() == {} and len(model.block(0).linears()) == 7
+
+
+def test_weights_that_are_only_rounded_are_no_codes(packed: Path) -> None:
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.weight"] = torch.zeros(tensors.pop(f"{name}.weight_shape").tolist())
+    del tensors[f"{name}.weight_packed"]
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(QtoolError, match=f"{name} has a scale but neither packed codes nor int8 codes"):
+        ModelHandle(ModelOptions(path=str(packed))).block(0)
+
+
+def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(packed: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        group = config["config_groups"]["group_0"]
+        wide, other = (group | {"weights": group["weights"] | {"num_bits": bits}} for bits in (8, 5))
+        names = [name for name in group["targets"] if "0.self_attn" in name]
+        groups = [wide | {"targets": ["Linear"]}, other | {"targets": [r"re:.*\.0\.self_attn"]}, group | {"targets": names}]
+        config["config_groups"] = dict(enumerate([*groups, group | {"targets": [r"re:.*\.mlp\.", r"re:.*\.1\."]}]))
+
+    assert {str(scheme) for scheme in change_config(packed, change).schemes().values()} == {"w4a16g32"}
+
+
+def test_halves_of_an_expert_must_be_stored_alike(
+    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    out.mkdir()
+    compressed_tensors(quantized(tiny_model("mixtral"), {"experts.*": "w4a16g32"}), out, CompressedTensorsOptions())
+
+    def change(config: dict[str, Any]) -> None:
+        group = config["config_groups"]["group_0"]
+        config["config_groups"]["group_1"] = group | {
+            "targets": [r"re:.*\.0\.mlp\.experts\.2\.w3"],
+            "weights": group["weights"] | {"num_bits": 8},
+        }
+        group["targets"] = [r"re:.*\.w[12]$", r"re:.*\.1\.mlp\.", r"re:.*\.experts\.[013]\."]
+
+    with pytest.raises(QtoolError, match=r"experts\.gate_up\.2: gate and up of one expert are stored as w4a16g32 and w8a16g32"):
+        change_config(out, change).block(0)
 
 
 def test_only_the_block_that_is_asked_for_is_loaded(packed: Path) -> None:

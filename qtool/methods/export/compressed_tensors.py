@@ -3,6 +3,16 @@
 Weights alone are written pack-quantized, weights of 2 to 8 bits with quantized activations int-quantized (one byte a
 code); the layouts stand in qtool/model/compressed.py. The linears of one scheme are one group in config.json's
 quantization_config, named one by one, so that nothing hangs on patterns; linears left dense are listed under `ignore`.
+Two things transformers 5.23 reads only by decoding them while it loads (its integrations/compressed_tensors.py), in the
+dtype of the scales, here the model's:
+
+- Packed zero points. compressed-tensors 0.20 builds the modules that transformers loads into with unpacked ones (on the
+  meta device its packing skips them), and transformers refuses the difference, whoever wrote the file. `dequantize` in the
+  quantization_config lets it decode instead, which it does by one scheme for all linears. Zero points in a model of
+  several schemes are written without it: transformers refuses to load them, runtimes that unpack by themselves need not.
+- The experts of a mixture. They are packed one by one and make a group of their own, found by the word experts in its
+  pattern. One symmetric scheme for weights alone must serve them all; other experts are refused before any file is written.
+
 Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
 """
 
@@ -17,14 +27,16 @@ from qtool.errors import QtoolError
 from qtool.formats.packing import pack_int32
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, to_groups
-from qtool.layers.experts import Experts
 from qtool.layers.quant_linear import QuantLinear
+from qtool.model.architectures import is_router
+from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.writer import write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
 WHERE = "export/compressed_tensors"
+EXPERTS = r"re:.*\.experts\."  # target of the experts' group
 
 
 class CompressedTensorsOptions(Options):
@@ -36,24 +48,32 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes)
+    config = quantization_config(model, schemes)
     is_lossless = True
 
     def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
         nonlocal is_lossless
         is_lossless &= torch.equal(decode(layer.qt, model.dtype), layer.weight_values(model.dtype))
-        parts = pack(layer.qt) if layer.activations is None else as_bytes(layer.qt)
-        return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        stored = model.checkpoint.stored_as(name)
+        n_out = layer.out_features // len(stored)
+        found: dict[str, Tensor] = {}
+        for index, part in enumerate(stored):
+            rows = layer.qt.rows(index * n_out, (index + 1) * n_out)
+            tensors = pack(rows) if layer.activations is None else as_bytes(rows)
+            if "dequantize" in config or EXPERT.fullmatch(name):
+                tensors["weight_scale"] = rows.scale.to(model.dtype)  # [out, groups]
+            found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
+        return found
 
-    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    write_checkpoint(model, out, encode, config)
     return describe_folder("compressed_tensors", out, is_lossless)
 
 
 def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
     """Raise QtoolError, before any work, for a model whose blocks the format cannot hold."""
-    for name, module in model.model.named_modules():
-        if isinstance(module, Experts):
-            raise QtoolError(f"{WHERE}: {name}: fused experts cannot be held; use export/safetensors")
     for name in model.linear_names():
+        if not model.checkpoint.stored_as(name):
+            raise QtoolError(f"{WHERE}: {name}: experts that checkpoints keep fused cannot be held; use export/safetensors")
         kind = type(model.model.get_submodule(name))
         if not issubclass(kind, nn.Linear):
             raise QtoolError(f"{WHERE}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
@@ -66,23 +86,37 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
     for name, scheme in schemes.items():
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
+    experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]
+    found = {schemes.get(name) for name in experts}
+    if any(s is None or s.activations or not s.weights.symmetric for s in found) or len(found) > 1:
+        words = ", ".join(sorted("left dense" if scheme is None else str(scheme) for scheme in found))
+        raise QtoolError(
+            f"{WHERE}: {experts[0].rsplit('.', 2)[0]}: experts are {words}; those of a model can be held where all share one "
+            "symmetric scheme for weights alone, such as w4a16g128: quantize them so, or use export/safetensors"
+        )
 
 
 def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
-    """config.json's quantization_config: one group for each scheme, its linears by name."""
+    """config.json's quantization_config: one group for each scheme, its linears by name, and one for the experts."""
     targets: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
-        targets.setdefault(scheme, []).append(name)
-    groups = {f"group_{number}": group_config(scheme, names) for number, (scheme, names) in enumerate(targets.items())}
-    formats = {group["format"] for group in groups.values()}
-    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
-    return {
+        if not EXPERT.fullmatch(name):
+            targets.setdefault(scheme, []).append(name)
+    has_zeros = any(scheme.activations is None and not scheme.weights.symmetric for scheme in targets)
+    experts = {scheme for name, scheme in schemes.items() if EXPERT.fullmatch(name)}
+    groups = [group_config(scheme, names) for scheme, names in targets.items()]
+    groups += [group_config(scheme, [EXPERTS]) for scheme in experts]
+    formats = {group["format"] for group in groups}
+    modules = model.model.named_modules()
+    dense = [name for name, module in modules if (isinstance(module, nn.Linear) or is_router(name)) and name not in schemes]
+    config = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [name for name in linears if name not in schemes],
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "ignore": dense,
     }
+    return config | {"dequantize": True} if has_zeros and len(targets) == 1 else config
 
 
 def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

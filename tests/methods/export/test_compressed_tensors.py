@@ -8,39 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from qtool.artifact import Artifact, digest_file
 from qtool.errors import QtoolError
 from qtool.methods.export.compressed_tensors import METHOD, CompressedTensorsOptions, compressed_tensors
+from qtool.methods.export.safetensors import SafetensorsOptions, safetensors
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.model.writer import write_checkpoint
 from qtool.options import ModelOptions
 
-TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
+LogitsOf = Callable[[ModelHandle], torch.Tensor]
+Reload = Callable[[Path], torch.Tensor]
 
 
 def export(model: ModelHandle, out: Path) -> Artifact:
     out.mkdir()
     return compressed_tensors(model, out, CompressedTensorsOptions())
-
-
-def logits_of(model: ModelHandle) -> torch.Tensor:
-    with model.materialized() as module, torch.no_grad():
-        return module(TOKENS).logits
-
-
-def reload(folder: Path) -> torch.Tensor:
-    """Logits by plain transformers, every key of the file and of the model accounted for."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert {kind: keys for kind, keys in info.items() if keys} == {}
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
 
 
 def config_of(folder: Path) -> dict:
@@ -58,16 +47,62 @@ def assert_same_weights(model: ModelHandle, other: ModelHandle) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w8a16", "w2a16g16", "w3a16", "w5a16g32", "w6a16g64", "w7a16"])
 def test_transformers_computes_the_same_from_packed_weights(
-    scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     assert export(model, tmp_path / "out").lossless
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "schemes", ["w4a16g32-asym", "w8a16-asym", "w3a16g16-asym", {"mlp.*": "w4a16g32-asym"}, {"lm_head": "w6a16g64-asym"}]
+)
+def test_transformers_decodes_zero_points_where_one_scheme_serves_all(
+    schemes: object,
+    dtype: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+) -> None:
+    model = quantized(tiny_model("llama", dtype=dtype), schemes)
+    assert export(model, tmp_path / "out").lossless
+    assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+    assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
+
+
+def test_transformers_refuses_zero_points_among_several_schemes(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
+    model = quantized(tiny_model("llama"), {"q_proj": "w8a16", "mlp.*": "w4a16g32-asym"})
+    assert export(model, tmp_path / "out").lossless
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        reload(tmp_path / "out")
+    assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
+
+
+def test_the_library_gives_transformers_modules_with_unpacked_zero_points() -> None:
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+
+    def packed(device: str) -> torch.Size:
+        parts = {
+            "weight": torch.zeros(64, 64, device=device),
+            "weight_scale": torch.ones(64, 2, device=device),
+            "weight_zero_point": torch.zeros(64, 2, dtype=torch.int8, device=device),
+        }
+        return compressor.compress(parts, scheme)["weight_zero_point"].shape
+
+    assert packed("cpu") == (8, 2)  # what is written, by this library and by qtool
+    assert packed("meta") == (64, 2)  # what is read into; once this is mended, `dequantize` need not be written
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8g32-asym", "w4a8g32", "w4a6-asym"])
 def test_transformers_computes_the_same_with_quantized_activations(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -96,7 +131,9 @@ def test_the_library_decodes_the_weights_of_the_model_in_memory(
 
 
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w8a8", "w8a8g32-asym", "w4a8-asym"])
-def test_qtool_reads_its_own_bytes_back(scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_qtool_reads_its_own_bytes_back(
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
     export(model, tmp_path / "out")
     again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
@@ -104,7 +141,9 @@ def test_qtool_reads_its_own_bytes_back(scheme: str, tiny_model: TinyModel, quan
     assert torch.equal(logits_of(again), logits_of(model))
 
 
-def test_every_scheme_is_a_group_that_names_its_linears(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_every_scheme_is_a_group_that_names_its_linears(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     schemes = {"q_proj": "w8a16", "down_proj": "w4a8g32", "layers.0.mlp.*": "w3a16g32", "mlp.*": "w4a16g16"}
     model = quantized(tiny_model("llama"), schemes)
     export(model, tmp_path / "out")
@@ -130,16 +169,92 @@ def test_every_scheme_is_a_group_that_names_its_linears(tiny_model: TinyModel, q
     assert (reload(tmp_path / "out") - expected).norm() / expected.norm() < 1e-3  # as with quantized activations above
 
 
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g32-asym"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
-def test_other_families_reload_too(family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    model = quantized(tiny_model(family), "w4a16g32")
+def test_other_families_reload_too(
+    family: str,
+    scheme: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+) -> None:
+    model = quantized(tiny_model(family), scheme)
     export(model, tmp_path / "out")
     assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
-    if family != "falcon":  # whose _init_weights in transformers 5.23 expects a dense weight in every linear
+    if (family, scheme) != ("falcon", "w4a16g32"):  # whose _init_weights in transformers 5.23 expects dense weights
         assert torch.equal(reload(tmp_path / "out"), logits_of(model))
 
 
-def test_a_quantized_head_is_held_packed(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        "w4a16g32",
+        {"experts.*": "w3a16"},
+        {"experts.*": "w8a16", "self_attn.*": "w4a16g32"},
+        {"experts.*": "w4a16g32", "self_attn.*": "w8a16g32-asym"},
+        {"experts.*": "w4a16g32", "q_proj": "w8a16", "v_proj": "w4a16g16"},
+    ],
+)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_transformers_loads_a_mixture_of_packed_experts(
+    family: str,
+    schemes: object,
+    dtype: str,
+    tiny_mixture: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+) -> None:
+    model = quantized(tiny_mixture(family, dtype=dtype), schemes)
+    assert export(model, tmp_path / "out").lossless
+    again, expected = ModelHandle(ModelOptions(path=str(tmp_path / "out"))), logits_of(model)
+    assert torch.equal(logits_of(again), expected)
+    assert {name: str(scheme) for name, scheme in again.schemes().items()} == {n: str(s) for n, s in model.schemes().items()}
+    reloaded = reload(tmp_path / "out")
+    (tmp_path / "dense").mkdir()
+    safetensors(model, tmp_path / "dense", SafetensorsOptions())
+    assert torch.equal(reloaded, reload(tmp_path / "dense"))
+    if dtype == "float32":  # in bfloat16 transformers and qtool round a mixture's sums at other places
+        assert (reloaded - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "expert", "sides"),
+    [
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.3", {"w1": [128, 64], "w3": [128, 64], "w2": [64, 128]}),
+        (
+            "qwen2_moe",
+            "model.layers.0.mlp.experts.3",
+            {"gate_proj": [96, 64], "up_proj": [96, 64], "down_proj": [64, 96]},
+        ),
+    ],
+)
+def test_experts_stand_one_by_one_under_the_names_of_the_dense_checkpoint(
+    family: str, expert: str, sides: dict[str, list[int]], tiny_mixture: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    folder = tiny_mixture(family)
+    model = quantized(folder, {"experts.*": "w4a16g32", "self_attn.*": "w4a16g32"})
+    export(model, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        for side, shape in sides.items():
+            assert file.get_tensor(f"{expert}.{side}.weight_shape").tolist() == shape
+            assert file.get_slice(f"{expert}.{side}.weight_packed").get_shape() == [shape[0], shape[1] // 8]
+            assert file.get_slice(f"{expert}.{side}.weight_scale").get_shape() == [shape[0], shape[1] // 32]
+        found = {key.replace("_packed", "") for key in file.keys() if not key.endswith(("weight_scale", "weight_shape"))}
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert found == set(file.keys())
+    config = config_of(tmp_path / "out")
+    assert config["config_groups"]["group_1"]["targets"] == [r"re:.*\.experts\."]
+    assert "model.layers.0.mlp.gate" in config["ignore"]
+
+
+def test_a_quantized_head_is_held_packed(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16", "mlp.*": "w4a16g32"})
     export(model, tmp_path / "out")
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
@@ -148,7 +263,9 @@ def test_a_quantized_head_is_held_packed(tiny_model: TinyModel, quantized: Quant
     assert again.schemes().keys() == model.schemes().keys()
 
 
-def test_many_files_reload_as_one(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_many_files_reload_as_one(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     folder = tiny_model("llama")
     out = tmp_path / "out"
     out.mkdir()
@@ -186,7 +303,15 @@ def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quant
     ("family", "scheme", "message"),
     [
         ("gpt2", "w4a16g32", r"h\.0\.attn\.c_attn: Conv1D cannot be held, nn\.Linear can; use export/safetensors"),
-        ("mixtral", {"self_attn.*": "w4a16g32"}, r"layers\.0\.mlp\.experts: fused experts cannot be held"),
+        (
+            "mixtral",
+            {"self_attn.*": "w4a16g32"},
+            r"layers\.0\.mlp\.experts: experts are left dense; those .* can be held where",
+        ),
+        ("mixtral", {"experts.*": "w4a16g32-asym"}, r"experts are w4a16g32-asym; .*: quantize them so, or use export/safe"),
+        ("mixtral", "w8a8", r"experts are w8a8; .* one symmetric scheme for weights alone"),
+        ("mixtral", {"experts.down.*": "w8a16", "experts.*": "w4a16g32"}, r"experts are w4a16g32, w8a16; "),
+        ("mixtral", {"experts.*.0": "w4a16g32"}, r"experts are left dense, w4a16g32; "),
         ("llama", "w4a16kv8g32", r"w4a16kv8g32: a cache cannot be held; leave kv8 out"),
         ("llama", {}, "no linear is quantized; put a quantize step before it"),
     ],
@@ -205,6 +330,13 @@ def test_a_model_that_does_not_fit_is_refused_before_any_step(tiny_model: TinyMo
     with pytest.raises(QtoolError, match=r"c_attn: Conv1D cannot be held"):
         METHOD.check(ModelHandle(ModelOptions(path=str(tiny_model("gpt2")))), CompressedTensorsOptions())
     METHOD.check(ModelHandle(ModelOptions(path=str(tiny_model("llama")))), CompressedTensorsOptions())
+
+
+def test_experts_that_checkpoints_keep_fused_are_refused_before_any_step(tiny_mixture: TinyModel) -> None:
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match=r"block_sparse_moe\.experts\.gate_up\.0: experts that checkpoints keep fused cannot"):
+        METHOD.check(ModelHandle(ModelOptions(path=str(tiny_mixture("granitemoe")))), CompressedTensorsOptions())
+    METHOD.check(ModelHandle(ModelOptions(path=str(tiny_mixture("mixtral")))), CompressedTensorsOptions())
 
 
 def test_a_disk_that_refuses_is_a_clear_error(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from qtool.model.handle import ModelHandle
 from qtool.model.store import save_changes
 from qtool.options import ModelOptions
 
-TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
 Quantized = Callable[..., ModelHandle]
+LogitsOf = Callable[[ModelHandle], torch.Tensor]
+Reload = Callable[[Path], torch.Tensor]
 
 
 def export(model: ModelHandle, out: Path) -> Path:
@@ -26,26 +27,13 @@ def export(model: ModelHandle, out: Path) -> Path:
     return out
 
 
-def logits_of(model: ModelHandle) -> torch.Tensor:
-    with model.materialized() as module, torch.no_grad():
-        return module(TOKENS).logits
-
-
-def reload(folder: Path) -> torch.Tensor:
-    """Logits by plain transformers, every key of the file and of the model accounted for."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert {kind: keys for kind, keys in info.items() if keys} == {}
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
-
-
 def keys(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return set(file.keys())
 
 
 def test_plain_transformers_computes_the_same(
-    family: str, tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path
+    family: str, tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32")
     # float32 sums in another order where experts are fused again
@@ -59,25 +47,33 @@ def test_names_are_those_of_the_original_checkpoint(
     assert keys(export(quantized(folder, "w4a16g32"), tmp_path / "out")) == keys(folder)
 
 
-def test_bfloat16_weights_are_equal_to_the_bit(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+def test_bfloat16_weights_are_equal_to_the_bit(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), "w3a16g32-asym")
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
 
-def test_experts_left_dense_are_written_too(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+def test_experts_left_dense_are_written_too(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("mixtral"), {"self_attn.*": "w4a16g32"})
     # float32 sums in another order: experts fused again
     torch.testing.assert_close(reload(export(model, tmp_path / "out")), logits_of(model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_tied_head_is_written_once(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+def test_a_tied_head_is_written_once(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
     out = export(model, tmp_path / "out")
     assert "lm_head.weight" not in keys(out)
     assert torch.equal(reload(out), logits_of(model))
 
 
-def test_a_quantized_head_is_written_dense(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+def test_a_quantized_head_is_written_dense(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w4a16g32"})
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
@@ -105,7 +101,9 @@ def test_the_dtype_that_was_asked_for_is_written(tiny_model: Callable[..., Path]
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_a_compressed_export_can_be_made_dense(tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path) -> None:
+def test_a_compressed_export_can_be_made_dense(
+    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
     (tmp_path / "packed").mkdir()
     compressed_tensors(model, tmp_path / "packed", CompressedTensorsOptions())

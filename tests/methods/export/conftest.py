@@ -1,0 +1,74 @@
+"""What the tests of exports share: logits in memory and of a folder that plain transformers loads, tiny mixtures."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qtool.calibration.tokens import ASSETS
+from qtool.model.handle import ModelHandle
+
+TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.1,
+}
+# Family: how it counts four experts, and sizes of its own. Granite's checkpoints keep experts fused.
+MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64},
+    "granitemoe": {"num_local_experts": 4},
+}
+
+
+@pytest.fixture
+def logits_of() -> Callable[[ModelHandle], torch.Tensor]:
+    """`logits_of(model)`: those of the model in memory for four windows of tokens."""
+
+    def run(model: ModelHandle) -> torch.Tensor:
+        with model.materialized() as module, torch.no_grad():
+            return module(TOKENS).logits
+
+    return run
+
+
+@pytest.fixture
+def reload() -> Callable[[Path], torch.Tensor]:
+    """`reload(folder)`: logits by plain transformers, every key of the file and of the model accounted for."""
+
+    def run(folder: Path) -> torch.Tensor:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert {kind: keys for kind, keys in info.items() if keys} == {}
+        with torch.no_grad():
+            return model.eval()(TOKENS).logits
+
+    return run
+
+
+@pytest.fixture
+def tiny_mixture(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_mixture("qwen2_moe", dtype="bfloat16")`: a random checkpoint with four experts, of which a token sees two."""
+
+    def build(family: str, *, dtype: str = "float32") -> Path:
+        folder = tmp_path / f"tiny-{family}"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **MIXTURES[family]))
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(ASSETS / "demo" / "model" / file, folder / file)
+        return folder
+
+    return build
