@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 
 from qtool.errors import QtoolError
 
-Needs = Literal["nothing", "amax", "hessian", "inputs"]  # statistics of a linear's input, each with those before it
+Statistic = Literal["amax", "mean_abs", "hessian", "inputs"]
+Needs = tuple[Statistic, ...]  # the statistics of a linear's input that a method reads
 
 
 class Options(BaseModel):
@@ -75,6 +76,16 @@ class Selection(Options):
         """Every pattern that must match something: those that are not the default's."""
         default = type(self).model_fields["ignore"].default
         return tuple(pattern for pattern in self.ignore if pattern not in default)
+
+
+class Sequential(Options):
+    """Options of a method that reads statistics of a linear's input, once the linears called before it have changed."""
+
+    true_sequential: bool = Field(
+        True,
+        description="whether linears see what those before them in the block became: one pass that keeps the block's "
+        "activations of all samples in memory; false, two passes with one batch in memory",
+    )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -1,7 +1,7 @@
 """The folder is the registry: qtool/methods/quantize/gptq.py is the method quantize/gptq.
 
 A method's file holds a docstring (its first line is the summary, a line `Source: ...` the paper) and one constant
-    METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs="hessian")
+    METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs=("hessian",))
 Plugins join through the entry-point group `qtool.methods`: quantize/mine = "my_package.mine". Built-ins and plugins take
 the same road. Listing reads docstrings and imports no method, so `qtool --help` stays fast.
 """
@@ -29,7 +29,7 @@ class Method:
     run: Callable[..., Any]
     options: type[Options]
     scope: Scope
-    needs: Needs | Callable[[Any], Needs] = "nothing"  # stated, or derived from the options
+    needs: Needs | Callable[[Any], Needs] = ()  # stated, or derived from the options
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     key: str = ""

@@ -183,7 +183,10 @@ def main() -> None:
                     "scheme": f"w{bits}a16g{arguments.group}{'' if symmetric else '-asym'}",
                     "method": method,
                 }
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
+                # in the work folder, because some tools leave logs where they run
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env=os.environ | threads, check=False, cwd=work
+                )
                 if done.returncode:
                     row |= {
                         "tool": tool,

@@ -33,7 +33,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "kernels": (2, {"torch", "cupy"}),
     "layers": (3, {"torch"}),
     # accelerate and huggingface_hub are what transformers itself loads models with.
-    "model": (4, {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub"}),
+    "model": (4, {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "greenlet"}),
     "calibration": (4, {"torch", "datasets", "pyarrow", "pydantic"}),
     "artifact": (4, set()),
     "registry": (5, set()),

@@ -102,7 +102,7 @@ BROKEN = [
 @pytest.mark.parametrize(("kind", "run", "law"), BROKEN, ids=[f"{run.__name__}-{law}" for _, run, law in BROKEN])
 def test_a_law_catches_a_method_that_breaks_it(kind: str, run: Callable[..., object], law: str) -> None:
     options = SchemeSelection if kind == "quantize" else SparsitySelection
-    method = Method(run=run, options=options, scope="linear", needs="hessian", rowwise=True, key=f"{kind}/broken")
+    method = Method(run=run, options=options, scope="linear", needs=("hessian",), rowwise=True, key=f"{kind}/broken")
     with pytest.raises(AssertionError):
         laws.of(method)[law]()
 

@@ -39,7 +39,7 @@ def print_one(name: str) -> None:
     if name not in known:
         raise QtoolError(f'there is no method "{name}"{nearest(name, known)}')
     info, method = known[name], load(name)
-    needs = "depends on the options" if callable(method.needs) else method.needs
+    needs = "depends on the options" if callable(method.needs) else ", ".join(method.needs) or "none"
     console = make_console()
     console.print(f"[bold]{name}[/bold]   scope: {method.scope}   statistics: {needs}\n")
     console.print(info.docstring, markup=False, soft_wrap=True)

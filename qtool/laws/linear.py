@@ -42,7 +42,7 @@ def linear_problem() -> Problem:
 def statistics(method: Method, options: Options, problem: Problem) -> LayerStats | None:
     """What the driver would hand to the method."""
     needs = method.needed(options)
-    if needs == "nothing":
+    if not needs:
         return None
     stats = LayerStats(IN, needs)
     stats.update(problem.x)
@@ -104,7 +104,7 @@ def quantizing_is_deterministic(method: Method) -> None:
 def loss_is_no_worse_than_rounding(method: Method) -> None:
     """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range."""
     for scheme in SCHEMES:
-        if method.needed(method.options.model_validate({"scheme": scheme})) in ("hessian", "inputs"):
+        if method.needed(method.options.model_validate({"scheme": scheme})) != ():
             problem = linear_problem()
             tensor = run_quantize(method, scheme, problem)
             loss = problem.loss(tensor.dequantize())
@@ -189,7 +189,7 @@ def run_factorize(method: Method, rank: int, problem: Problem) -> LowRank:
 def error_falls_with_rank(method: Method) -> None:
     """More rank never costs more: by the proxy loss where the method sees inputs, else by the plain squared error."""
     problem = linear_problem()
-    sees_inputs = method.needed(method.options.model_validate({"rank": 1})) != "nothing"
+    sees_inputs = method.needed(method.options.model_validate({"rank": 1})) != ()
     losses = []
     for rank in (1, 4, 8, 16, OUT):
         changed = run_factorize(method, rank, problem).multiply()

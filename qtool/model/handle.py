@@ -8,9 +8,7 @@ Why not fx tracing or per-model classes: the model's own forward already knows, 
 
 import contextlib
 import copy
-import ctypes
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +27,7 @@ from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint, find_files
 from qtool.model.compressed import read_compressed, read_scheme
 from qtool.model.linear import is_linear, shape_of
+from qtool.model.memory import return_free_memory
 from qtool.model.store import Changes, load_changes, load_schemes
 from qtool.options import ModelOptions
 
@@ -78,8 +77,15 @@ class Block:
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """All samples [samples, length, hidden], batch by batch; returns a new tensor in host memory."""
-        device = self._handle.device
-        return torch.cat([self.call(batch.to(device)).to(hidden.device) for batch in hidden.split(BATCH)])
+        return torch.cat([self.call_from_host(batch) for batch in self.batches(hidden)])
+
+    def batches(self, hidden: Tensor) -> list[Tensor]:
+        """All samples [samples, length, hidden] in pieces that one forward takes."""
+        return list(hidden.split(BATCH))
+
+    def call_from_host(self, batch: Tensor) -> Tensor:
+        """`call` on the model's device; batch [batch, length, hidden] and the result are in host memory."""
+        return self.call(batch.to(self._handle.device)).to(batch.device)
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, observers: dict[str, Any]) -> None:
@@ -92,7 +98,7 @@ class Block:
                 raise _Stop
 
         with self._observed(observers, stop_when_seen):
-            for batch in hidden.split(BATCH):
+            for batch in self.batches(hidden):
                 seen.clear()
                 with contextlib.suppress(_Stop):
                     self.call(batch.to(self._handle.device))
@@ -403,13 +409,6 @@ class ModelHandle:
         finally:
             for module in blocks:
                 del module.forward
-
-
-def return_free_memory() -> None:
-    """Hand what was freed back to the system: glibc keeps it, and blocks of different layers would pile up."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library, which needs no telling
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _get(root: nn.Module, name: str) -> Tensor:

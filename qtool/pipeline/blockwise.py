@@ -1,13 +1,13 @@
 """The blockwise driver: transform, quantize and prune, one decoder block in memory at a time.
 
-For each block:  observe its linears' inputs -> the method -> install -> save -> forward, so that errors propagate.
-With `true_sequential`, linears are done group by group, each group seeing inputs that the groups before it changed.
+For each block:  observe its linears' inputs -> the method -> install -> go on with the changed linears -> save.
+With `true_sequential` one walk does it, linears that share an input at a time; without, one pass observes all linears as
+they were and a second one carries the changed block's outputs on.
 A transform leaves the model's function alone, so blocks after it are fed from the model before the step; a quantizer or
 pruner changes it, so they are fed from the changed blocks.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +20,13 @@ from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.layers.quant_linear import QuantLinear
-from qtool.model.handle import Block, ModelHandle, return_free_memory
+from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
+from qtool.model.memory import large_pieces_returned, return_free_memory
 from qtool.model.store import Changes, save_changes
+from qtool.model.walk import Walk
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
-from qtool.options import Needs, Selection, require_matches
+from qtool.options import Needs, Selection, Sequential, require_matches
 from qtool.pipeline.folder import StepFolder
 from qtool.progress import Progress
 from qtool.registry import Method
@@ -44,12 +46,13 @@ class Work:
         return lambda text: self.fallbacks.append(f"{where}: {text}")
 
 
+@large_pieces_returned()
 def run_blockwise(
     model: ModelHandle, method: Method, options: Any, tokens: Tensor | None, folder: StepFolder, progress: Progress
 ) -> dict[str, Any]:
     """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks."""
     needs = method.needed(options)
-    needs_inputs = needs != "nothing" or method.kind == "transform"
+    needs_inputs = bool(needs) or method.kind == "transform"
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
     changes_function = method.kind != "transform"
@@ -70,9 +73,7 @@ def run_blockwise(
             else:
                 work = Work(source.unit_changes(unit))
                 if changes_function:
-                    change_block(block, method, options, needs, hidden, work)
-                    if hidden is not None and not is_last:
-                        hidden = block.forward(hidden)
+                    hidden = change_block(block, method, options, needs, hidden, work, is_last)
                 else:
                     assert hidden is not None
                     hidden = transform_block(block, method, options, needs, hidden, work)
@@ -136,13 +137,13 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     """Apply a transform's edits after checking that the block still computes the same; returns its output before them."""
     stats: dict[str, LayerStats] = {}
     observers = {}
-    if needs != "nothing":
+    if needs:
         for group in find_groups(block, hidden[:1]):
             shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs)
             observers[group.linears[0]] = shared
             stats |= dict.fromkeys(group.linears, shared)
     after = block.forward_observed(hidden, observers)
-    scalings = [s for s in find_scalings(block, hidden[:1]) if needs == "nothing" or s.consumers[0] in stats]
+    scalings = [s for s in find_scalings(block, hidden[:1]) if not needs or s.consumers[0] in stats]
     edits = method.run(block, scalings, stats, options, work.note(method.key))
     change = change_of_output(block, hidden[:1], edits)
     if not change <= TRANSFORM_TOLERANCE:
@@ -156,29 +157,39 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     return after
 
 
-def change_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor | None, work: Work) -> None:
-    """Quantize or prune the block's linears, group by group."""
+def change_block(
+    block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor | None, work: Work, is_last: bool
+) -> Tensor | None:
+    """Quantize or prune the block's linears, those that share an input together; returns the block's new output."""
+    groups = {names[0]: names for names in chosen_groups(block, options, hidden)}
     if hidden is None:
-        groups: list[tuple[str, ...]] = [(name,) for name in block.linears()]
-    else:
-        groups = [group.linears for group in find_groups(block, hidden[:1])]
+        for names in groups.values():
+            change_linears(block, names, None, method, options, work)
+        return None
+    stats = {name: LayerStats(shape_of(block.get(name))[1], needs) for name in groups}
+    if not (isinstance(options, Sequential) and options.true_sequential):
+        block.observe(hidden, stats)
+        for name, names in groups.items():
+            change_linears(block, names, stats.pop(name), method, options, work)
+        return None if is_last else block.forward(hidden)
+    with Walk(block, hidden, list(groups)) as walk:
+        for name, inputs in walk:
+            while inputs:
+                stats[name].update(inputs.pop())
+            return_free_memory()
+            change_linears(block, groups.pop(name), stats.pop(name), method, options, work)
+        for name, names in groups.items():  # no sample came there
+            change_linears(block, names, stats.pop(name), method, options, work)
+        return None if is_last else walk.finish()
+
+
+def chosen_groups(block: Block, options: Selection, hidden: Tensor | None) -> list[tuple[str, ...]]:
+    """The names of linears to change, those with one input together; each alone where no input is at hand."""
+    called = [] if hidden is None else [group.linears for group in find_groups(block, hidden[:1])]
+    known = {name for names in called for name in names}
+    groups = [*called, *((name,) for name in block.linears() if name not in known)]
     chosen = [tuple(name for name in names if not options.is_ignored(name)) for names in groups]
-    chosen = [names for names in chosen if names]
-    for stage in stages(chosen) if getattr(options, "true_sequential", False) else [chosen]:
-        stats: dict[str, LayerStats] = {}
-        if hidden is not None and stage:
-            stats = {names[0]: LayerStats(shape_of(block.get(names[0]))[1], needs) for names in stage}
-            block.observe(hidden, stats)
-        for names in stage:
-            change_linears(block, names, stats.pop(names[0], None), method, options, work)
-
-
-def stages(groups: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-    """Groups in call order, those that differ by a number only (the experts of a mixture) together."""
-    found: dict[str, list[tuple[str, ...]]] = {}
-    for names in groups:
-        found.setdefault(re.sub(r"\d+", "#", names[0]), []).append(names)
-    return list(found.values())
+    return [names for names in chosen if names]
 
 
 def change_linears(

@@ -61,11 +61,18 @@ def check_step(step: Step, model: ModelHandle) -> None:
 
 @contextlib.contextmanager
 def located(step: Step) -> Iterator[None]:
-    """Put the recipe's file and line before a step's error."""
+    """Put the recipe's file and line before a step's error, one of memory among them."""
     try:
         yield
     except QtoolError as error:
         raise QtoolError(f"{step.where}: {error}") from error
+    except RuntimeError as error:  # torch's own, for a GPU's memory of a class of its own, for the host's of none
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        raise QtoolError(
+            f"{step.where}: {step.key}: the memory does not suffice ({str(error).splitlines()[0][:200]}); use fewer or "
+            "shorter samples, true_sequential: false where the step has it, or a machine with more"
+        ) from error
 
 
 class Run:

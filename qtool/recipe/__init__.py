@@ -207,7 +207,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
-        needs_text = method.kind in ALWAYS_FED or (options is not None and method.needed(options) != "nothing")
+        needs_text = method.kind in ALWAYS_FED or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))
         if options is None:

@@ -37,7 +37,7 @@ def brute(w: torch.Tensor, grid: IntegerGrid, cost: object, steps: int) -> float
 @pytest.mark.parametrize(("name", "steps"), [("plain", 24), ("weighted", 7), ("output", 60)])
 def test_the_search_finds_the_least_cost_of_all_ranges(grid: IntegerGrid, name: str, steps: int) -> None:
     w, x = problem()
-    stats = LayerStats(GROUPS * GROUP, "hessian")
+    stats = LayerStats(GROUPS * GROUP, ("hessian",))
     stats.update(x)
     H = stats.hessian()
     weights = H.diagonal().reshape(GROUPS, GROUP)

@@ -60,3 +60,38 @@ def test_peak_memory_stays_within_three_blocks_statistics_and_activations(
     own, *stages = map(float, done.stdout.split())
     above = [round((stage - own) * 1024) for stage in stages]
     assert max(above) <= budget / 2**20, f"{above} MiB above the interpreter's own by stage, budget {budget / 2**20:.0f} MiB"
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from qtool.errors import QtoolError
+from qtool.pipeline.run import run_recipe
+from qtool.progress import Silent
+from qtool.recipe import load
+torch.set_num_threads(1)
+small, large, out = sys.argv[1:]
+run_recipe(load(small), Path(out) / "small", Silent())  # everything is imported now
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (32 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    run_recipe(load(large), Path(out) / "large", Silent())
+except QtoolError as error:
+    print(error)
+"""
+
+
+def test_memory_that_does_not_suffice_is_one_clear_error(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    recipes = []
+    for name, samples in (("small", 2), ("large", 170)):  # the activations of one block: 22 MB a tensor of its width
+        steps = [
+            {"calibrate/text": {"source": "demo:calibration", "samples": samples, "length": 512}},
+            {"quantize/gptq": {"scheme": "w4a16g32"}},
+        ]
+        recipes.append(tmp_path / f"{name}.yaml")
+        recipes[-1].write_text(yaml.safe_dump({"model": str(tiny_model("llama", name=name)), "pipeline": steps}))
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, *map(str, recipes), str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{recipes[1]}:"), done.stderr
+    assert "quantize/gptq: the memory does not suffice" in done.stdout and "true_sequential: false" in done.stdout

@@ -29,4 +29,4 @@ def logits(student: Tensor, teacher: Tensor, options: LogitsOptions) -> Tensor:
     return T**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
-METHOD = Method(run=logits, options=LogitsOptions, scope="training", needs="inputs")
+METHOD = Method(run=logits, options=LogitsOptions, scope="training")

@@ -18,12 +18,13 @@ from qtool.calibration.statistics import LayerStats
 from qtool.formats.sparsity import SparsitySelection, check_columns, count, smallest
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.sweep import sweep
+from qtool.options import Sequential
 from qtool.registry import Method
 
 BLOCK = 128  # columns whose unstructured mask is chosen at once; the paper's B_s
 
 
-class SparseGptOptions(SparsitySelection):
+class SparseGptOptions(SparsitySelection, Sequential):
     """Options of SparseGPT."""
 
     damp: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to it; raised where too little")
@@ -57,4 +58,4 @@ def sparsegpt(W: Tensor, stats: LayerStats, options: SparseGptOptions, note: Cal
     return columns.T.contiguous()
 
 
-METHOD = Method(run=sparsegpt, options=SparseGptOptions, scope="linear", needs="hessian")
+METHOD = Method(run=sparsegpt, options=SparseGptOptions, scope="linear", needs=("hessian",))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.sparsity import SparsitySelection, choose
+from qtool.options import Sequential
 from qtool.registry import Method
 
 
-class WandaOptions(SparsitySelection):
+class WandaOptions(SparsitySelection, Sequential):
     """Options of Wanda."""
 
 
@@ -28,4 +29,4 @@ def wanda(W: Tensor, stats: LayerStats, options: WandaOptions, note: Callable[[s
     return W.masked_fill(choose(scores, options), 0)
 
 
-METHOD = Method(run=wanda, options=WandaOptions, scope="linear", needs="hessian", rowwise=True)
+METHOD = Method(run=wanda, options=WandaOptions, scope="linear", needs=("hessian",), rowwise=True)

@@ -24,13 +24,14 @@ from qtool.formats.tensor import QuantizedTensor, assemble, to_groups
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
 from qtool.linalg.sweep import sweep
+from qtool.options import Sequential
 from qtool.registry import Method
 
 LEAF = 32  # columns settled between matrix products where no range is fitted on the way
 Order = Literal["none", "static", "group"]
 
 
-class GptqOptions(SchemeSelection):
+class GptqOptions(SchemeSelection, Sequential):
     """Options of GPTQ."""
 
     damp: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to it; raised where too little")
@@ -43,7 +44,6 @@ class GptqOptions(SchemeSelection):
         "hessian",
         description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
     )
-    true_sequential: bool = Field(False, description="observe linears anew once those before them are quantized")
 
 
 def gptq(
@@ -112,4 +112,4 @@ def fit(scale: Tensor, zero: Tensor, w: Tensor, weights: Tensor, scheme: WeightS
         zero.copy_(params.zero.squeeze(-1).T)
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs="hessian", rowwise=True)
+METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs=("hessian",), rowwise=True)

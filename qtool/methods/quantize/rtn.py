@@ -24,11 +24,11 @@ from qtool.linalg.ranges import (
     search_range,
     weighted_cost,
 )
-from qtool.options import Needs
+from qtool.options import Needs, Sequential
 from qtool.registry import Method
 
 
-class RtnOptions(SchemeSelection):
+class RtnOptions(SchemeSelection, Sequential):
     """Options of rounding to nearest."""
 
     range: Literal["minmax", "mse", "hessian", "output"] = Field(
@@ -65,7 +65,7 @@ def _cost(group: int, stats: LayerStats | None, options: RtnOptions, note: Calla
 
 def needs(options: RtnOptions) -> Needs:
     """A Hessian only where the range depends on what inputs see."""
-    return "hessian" if options.range in ("hessian", "output") else "nothing"
+    return ("hessian",) if options.range in ("hessian", "output") else ()
 
 
 METHOD = Method(run=rtn, options=RtnOptions, scope="linear", needs=needs, rowwise=True)

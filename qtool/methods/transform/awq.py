@@ -86,4 +86,4 @@ def per_source_mean(per_input: Tensor, spread: Tensor) -> Tensor:
     return total * n_channels / len(spread)
 
 
-METHOD = Method(run=awq, options=AwqOptions, scope="block", needs="hessian")
+METHOD = Method(run=awq, options=AwqOptions, scope="block", needs=("mean_abs", "hessian"))

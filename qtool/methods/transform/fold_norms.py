@@ -45,4 +45,4 @@ def fold_norms(
     return edits
 
 
-METHOD = Method(run=fold_norms, options=FoldNormsOptions, scope="block", needs="nothing")
+METHOD = Method(run=fold_norms, options=FoldNormsOptions, scope="block")

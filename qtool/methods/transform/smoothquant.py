@@ -53,4 +53,4 @@ def per_source(per_input: Tensor, scaling: Scaling) -> Tensor:
     return largest.scatter_reduce_(0, scaling.spread.to(per_input.device), per_input, "amax")
 
 
-METHOD = Method(run=smoothquant, options=SmoothQuantOptions, scope="block", needs="amax")
+METHOD = Method(run=smoothquant, options=SmoothQuantOptions, scope="block", needs=("amax",))

@@ -15,7 +15,7 @@ def problem(n_out: int = 6, n_in: int = 12, n_tokens: int = 200) -> tuple[Tensor
     """Weights [out, in] and statistics of correlated inputs of uneven strength."""
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(n_in, n_in, generator=random) * (0.1 + torch.rand(n_in, generator=random)) ** 2
-    stats = LayerStats(n_in, "hessian")
+    stats = LayerStats(n_in, ("hessian",))
     stats.update(torch.randn(n_tokens, n_in, generator=random) @ mix)
     return torch.randn(n_out, n_in, generator=random), stats
 
@@ -103,7 +103,7 @@ def test_a_linear_that_no_token_reached_is_pruned_by_magnitude_and_noted() -> No
     W, _ = problem()
     notes: list[str] = []
     options = SparseGptOptions(pattern="2:4")
-    pruned = sparsegpt(W.clone(), LayerStats(12, "hessian"), options, notes.append)
+    pruned = sparsegpt(W.clone(), LayerStats(12, ("hessian",)), options, notes.append)
     assert torch.equal(pruned, magnitude(W.clone(), None, MagnitudeOptions(pattern="2:4"), notes.append))
     assert notes == ["no calibration token reached it; pruned by magnitude"]
 

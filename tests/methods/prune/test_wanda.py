@@ -18,7 +18,7 @@ def problem(n_out: int = 6, n_in: int = 12) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def run(W: torch.Tensor, x: torch.Tensor, **choices: object) -> torch.Tensor:
-    stats = LayerStats(W.shape[1], "hessian")
+    stats = LayerStats(W.shape[1], ("hessian",))
     stats.update(x)
     notes: list[str] = []
     pruned = wanda(W.clone(), stats, WandaOptions.model_validate(choices), notes.append)
@@ -63,6 +63,6 @@ def test_a_dead_column_goes_first() -> None:
 def test_a_linear_that_no_token_reached_is_pruned_by_magnitude_and_noted() -> None:
     W, _ = problem()
     notes: list[str] = []
-    pruned = wanda(W.clone(), LayerStats(12, "hessian"), WandaOptions(), notes.append)
+    pruned = wanda(W.clone(), LayerStats(12, ("hessian",)), WandaOptions(), notes.append)
     assert torch.equal(pruned, magnitude(W.clone(), None, MagnitudeOptions(), notes.append))
     assert notes == ["no calibration token reached it; pruned by magnitude"]

@@ -23,7 +23,7 @@ def problem(n_out: int, n_in: int, n_tokens: int = 300, seed: int = 0) -> tuple[
     """Weights [out, in] and statistics of correlated inputs of uneven strength."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(n_in, n_in, generator=random) * (0.1 + torch.rand(n_in, generator=random)) ** 2
-    stats = LayerStats(n_in, "hessian")
+    stats = LayerStats(n_in, ("hessian",))
     stats.update(torch.randn(n_tokens, n_in, generator=random) @ mix)
     return torch.randn(n_out, n_in, generator=random), stats
 
@@ -161,7 +161,7 @@ def test_searched_ranges_beat_the_full_ones_at_three_bits(act_order: str) -> Non
 @pytest.mark.parametrize("act_order", ORDERS)
 def test_with_uncorrelated_even_inputs_it_is_rounding(act_order: str) -> None:
     W, _ = problem(8, 64)
-    stats = LayerStats(64, "hessian")
+    stats = LayerStats(64, ("hessian",))
     stats.update(torch.eye(64))
     tensor = run(W, stats, "w4a16g32", act_order=act_order, range="minmax")
     assert torch.equal(tensor.codes, quantize(W, tensor.scheme).codes)
@@ -171,7 +171,7 @@ def test_permuting_channels_of_weights_and_inputs_together_permutes_the_codes() 
     random = torch.Generator().manual_seed(1)
     x = torch.randn(200, 40, generator=random) @ torch.randn(40, 40, generator=random)
     W, permutation = torch.randn(6, 40, generator=random), torch.randperm(40, generator=random)
-    plain, permuted = LayerStats(40, "hessian"), LayerStats(40, "hessian")
+    plain, permuted = LayerStats(40, ("hessian",)), LayerStats(40, ("hessian",))
     plain.update(x)
     permuted.update(x[:, permutation])
     codes = run(W, plain, "w4a16", range="minmax").codes[:, permutation]
@@ -202,7 +202,7 @@ def test_a_dead_column_is_rounded_and_changes_no_other(act_order: str, short: st
 def test_an_all_zero_group_in_weights_without_correlation_stays_zero(act_order: str, short: str) -> None:
     W, _ = problem(8, 96)
     W[:, 32:64] = 0
-    stats = LayerStats(96, "hessian")
+    stats = LayerStats(96, ("hessian",))
     stats.update(torch.eye(96))
     tensor = run(W, stats, short, act_order=act_order)
     assert torch.equal(tensor.dequantize()[:, 32:64], torch.zeros(8, 32))
@@ -241,7 +241,7 @@ def test_a_linear_that_no_token_reached_is_rounded_and_noted() -> None:
     notes: list[str] = []
     scheme = Scheme.model_validate("w4a16g32").weights
     options = GptqOptions.model_validate({"scheme": "w4a16g32", "range": "minmax"})
-    tensor = gptq(W.clone(), LayerStats(64, "hessian"), scheme, options, notes.append)
+    tensor = gptq(W.clone(), LayerStats(64, ("hessian",)), scheme, options, notes.append)
     assert torch.equal(tensor.codes, quantize(W, scheme).codes)
     assert notes == ["no calibration token reached it; rounded to nearest"]
 

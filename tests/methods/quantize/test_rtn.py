@@ -23,7 +23,7 @@ def problem(n_out: int = 6, n_in: int = 48) -> tuple[Tensor, Tensor]:
 
 
 def statistics(x: Tensor) -> LayerStats:
-    stats = LayerStats(x.shape[1], "hessian")
+    stats = LayerStats(x.shape[1], ("hessian",))
     stats.update(x)
     return stats
 
@@ -76,7 +76,7 @@ def test_the_output_range_costs_no_more_output_than_any_other(short: str) -> Non
 def test_data_is_asked_for_only_by_ranges_that_use_it() -> None:
     options = {choice: RtnOptions.model_validate({"scheme": "w4a16", "range": choice}) for choice in RANGES}
     needs = {choice: METHOD.needed(options[choice]) for choice in RANGES}
-    assert needs == {"minmax": "nothing", "mse": "nothing", "hessian": "hessian", "output": "hessian"}
+    assert needs == {"minmax": (), "mse": (), "hessian": ("hessian",), "output": ("hessian",)}
 
 
 @pytest.mark.parametrize(("choice", "steps"), [("hessian", STEPS), ("output", FINE_STEPS)])
@@ -84,7 +84,7 @@ def test_a_linear_that_no_token_reached_is_searched_by_plain_error_and_noted(cho
     W, _ = problem()
     notes: list[str] = []
     options = RtnOptions.model_validate({"scheme": "w3a16g16", "range": choice})
-    tensor = rtn(W, LayerStats(48, "hessian"), Scheme.model_validate("w3a16g16").weights, options, notes.append)
+    tensor = rtn(W, LayerStats(48, ("hessian",)), Scheme.model_validate("w3a16g16").weights, options, notes.append)
     params = search_range(W.view(6, 3, 16), tensor.scheme.grid, plain_cost, steps)
     assert torch.equal(tensor.codes, quantize(W, tensor.scheme, params).codes)
     assert notes == ["no calibration token reached it; its ranges are searched by plain error"]

@@ -34,7 +34,7 @@ def test_the_chosen_scale_is_the_best_candidate_by_real_outputs(tiny_model: Call
     block = model.block(0)
     scaling = find_scalings(block, hidden[:1])[0]
     inputs: list[torch.Tensor] = []
-    stats = LayerStats(64, "hessian")
+    stats = LayerStats(64, ("mean_abs", "hessian"))
     block.get(scaling.consumers[0]).register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
     block.observe(hidden, {scaling.consumers[0]: stats})
     options = AwqOptions.model_validate({"scheme": {"weights": SCHEME.model_dump()}, "grid": 8})

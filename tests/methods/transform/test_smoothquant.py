@@ -18,7 +18,7 @@ def prepared(folder: Path) -> tuple[Block, torch.Tensor, list[Scaling], dict[str
     hidden = model.embed(torch.randint(0, 4096, (4, 24), generator=torch.Generator().manual_seed(0)))
     block = model.block(0)
     scalings = find_scalings(block, hidden[:1])
-    stats = {name: LayerStats(weight_of(block.get(name)).shape[1], "hessian") for name in block.linears()}
+    stats = {name: LayerStats(weight_of(block.get(name)).shape[1], ("amax",)) for name in block.linears()}
     block.observe(hidden, stats)
     return block, hidden, scalings, stats
 
@@ -28,7 +28,7 @@ def test_at_one_half_activations_and_weights_have_equal_maxima(tiny_model: Calla
     scaling = next(s for s in scalings if s.source.endswith("self_attn_layer_norm"))
     apply_edits(block.module, block.name, smoothquant(block, [scaling], stats, SmoothQuantOptions(alpha=0.5), print))
     first = scaling.consumers[0]
-    after = LayerStats(64, "amax")
+    after = LayerStats(64, ("amax",))
     block.observe(hidden, {first: after})
     w_max = torch.cat([weight_of(block.get(name)) for name in scaling.consumers]).abs().amax(0)
     assert torch.allclose(after.amax(), w_max, rtol=1e-4)

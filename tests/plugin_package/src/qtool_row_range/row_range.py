@@ -38,4 +38,4 @@ def row_range(
     return quantize(W, scheme, scheme.grid.fit_range(best * low, best * high))
 
 
-METHOD = Method(run=row_range, options=RowRangeOptions, scope="linear", needs="hessian", rowwise=True)
+METHOD = Method(run=row_range, options=RowRangeOptions, scope="linear", needs=("hessian",), rowwise=True)
