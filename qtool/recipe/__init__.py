@@ -204,6 +204,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             if calibrated is not None:
                 problems.append((key.start_mark, f"{method.key}: {calibrated} calibrates already; one step serves all"))
             calibrated = calibrated or place(key.start_mark)
+        if method.kind == "export" and any(step.key == method.key for step in steps):
+            problems.append((key.start_mark, f"{method.key} stands here a second time; both would write one folder"))
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)

@@ -6,8 +6,9 @@ Minimize tr((W - Q) H (W - Q)ᵀ) over grid points Q, column c by column c:
 Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: ranges may be searched, with the weights 1 / U_jj²,
 the curvature of column j while later ones can still make up for it; errors spread as linalg/sweep.py tells.
 Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
-Why these defaults: on the demo model at w3a16g128 the mean relative output error on text that calibration did not see is
-1.16 %; with act_order none 1.25 %, with group 1.18 %, with range minmax 1.58 %, mse 1.19 % (plain rounding: 4.40 %).
+Why these defaults: on the demo model's validation text at w3a16g128, over two draws of the calibration text, KL is 0.0318;
+with range hessian 6 % more, minmax 25 %, and from hessian on with act_order none 15 %, group 6 %, damp 0.03 4 % more (0.003
+the same), in two passes 1 %. At w4a16g128 mse, hessian and two passes are equal within 1 %.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class GptqOptions(SchemeSelection, Sequential):
         "group, group by group, by falling diag H among and within groups",
     )
     range: Literal["minmax", "mse", "hessian"] = Field(
-        "hessian",
+        "mse",
         description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
     )
 
