@@ -161,6 +161,14 @@ def test_a_second_calibration_is_a_problem_that_names_the_first() -> None:
     ]
 
 
+def test_an_export_named_twice_is_a_problem() -> None:
+    twice = "  - export/safetensors: {}\n  - export/safetensors: {}\ngates:"
+    assert problems(GOOD.replace("gates:", twice)) == [
+        f"r.yaml:{GOOD.count(chr(10), 0, GOOD.index('gates:')) + 2}: export/safetensors stands here a second time; "
+        "both would write one folder"
+    ]
+
+
 # ---- values ----
 
 

@@ -12,7 +12,7 @@ from qtool.options import Needs
 
 STRIP = 128  # narrowest strip of columns whose matrix product still runs at full speed
 N_STRIPS = 8  # most strips: 8 do 9/16 of the whole product's work
-CHUNK = 2048  # tokens widened to float32 at once
+CHUNK = 512  # tokens widened to float32 at once: small enough to stay in cache
 
 
 class LayerStats:
