@@ -8,12 +8,12 @@ Why scale = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies 
 so no value is further than scale/2 from its level, and the levels use the negative half to its end.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from qtool.formats.scales import fit_scale, tensor_scale
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class IntegerGrid:
     bits: int
     symmetric: bool
     scale_dtype: str = "bfloat16"
+    of_tensor: float = 1.0  # the part of the scales that all groups of a tensor share, see scales.py
 
     @property
     def low(self) -> int:
@@ -40,6 +41,14 @@ class IntegerGrid:
     def high(self) -> int:
         return self.low + (1 << self.bits) - 1
 
+    @property
+    def largest(self) -> float:
+        return (1 << (self.bits - 1)) - 0.5 if self.symmetric else float(self.high)
+
+    def for_tensor(self, w: Tensor) -> "IntegerGrid":
+        """The same for one tensor w, of which some scales hold a share of their own."""
+        return replace(self, of_tensor=tensor_scale(w, self.largest, self.scale_dtype))
+
     def fit(self, w: Tensor) -> Params:
         """Params of the full range of w over its last axis; w [..., group], float32."""
         return self.fit_range(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True))
@@ -47,10 +56,9 @@ class IntegerGrid:
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]. An empty range gives scale 1."""
         if self.symmetric:
-            scale = torch.maximum(-minimum, maximum) / ((1 << (self.bits - 1)) - 0.5)
-            return Params(self._stored(scale), None)
+            return Params(self._scale(torch.maximum(-minimum, maximum)), None)
         minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
-        scale = self._stored((maximum - minimum) / self.high)
+        scale = self._scale(maximum - minimum)
         return Params(scale, (-minimum / scale).round().clamp(0, self.high))
 
     def encode(self, w: Tensor, p: Params) -> Tensor:
@@ -60,6 +68,10 @@ class IntegerGrid:
             q = q + p.zero
         return q.clamp(self.low, self.high)
 
+    def levels(self, q: Tensor) -> Tensor:
+        """Values of codes q [..., group] before any zero point and scale, float32."""
+        return q.float()
+
     def decode(self, q: Tensor, p: Params) -> Tensor:
         """Values of codes q [..., group], float32."""
         return (q if p.zero is None else q - p.zero) * p.scale
@@ -68,6 +80,5 @@ class IntegerGrid:
         """w [..., group] moved to the nearest grid points."""
         return self.decode(self.encode(w, p), p)
 
-    def _stored(self, scale: Tensor) -> Tensor:
-        stored = scale.to(SCALE_DTYPES[self.scale_dtype]).float()
-        return torch.where(stored > 0, stored, torch.ones_like(stored))  # an all-zero group decodes to zeros
+    def _scale(self, span: Tensor) -> Tensor:
+        return fit_scale(span, self.largest, self.scale_dtype, self.of_tensor)

@@ -1,7 +1,8 @@
 """QuantizedTensor: the one currency for weights, from method to layer to exporter.
 
 codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8 or None
-w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group
+w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group;  for formats of a table scale[o, g] level[codes[o, i]]
+Where scales are stored in float8_e4m3fn, of_tensor multiplies all of them.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.integer import SCALE_DTYPES, Params
+from qtool.formats.integer import Params
 from qtool.formats.packing import n_words, pack_int32
-from qtool.formats.scheme import WeightScheme
+from qtool.formats.scales import SCALE_DTYPES, store_scale
+from qtool.formats.scheme import Grid, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class QuantizedTensor:
     scale: Tensor
     zero: Tensor | None
     scheme: WeightScheme
+    of_tensor: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,11 +34,11 @@ class QuantizedTensor:
     def params(self) -> Params:
         """Params shaped [out, groups, 1] for codes seen as [out, groups, group]."""
         zero = None if self.zero is None else self.zero.float().unsqueeze(-1)
-        return Params(self.scale.float().unsqueeze(-1), zero)
+        return Params(self.scale.float().unsqueeze(-1) * self.of_tensor, zero)
 
     def dequantize(self) -> Tensor:
         """Weights [out, in], float32."""
-        grouped = to_groups(self.codes.float(), self.scheme.group)
+        grouped = to_groups(self.codes, self.scheme.group)
         return self.scheme.grid.decode(grouped, self.params()).flatten(1)
 
     def packed(self) -> Tensor:
@@ -44,11 +47,12 @@ class QuantizedTensor:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of packed codes, scales and packed zero points."""
+        """Bytes of packed codes, scales, packed zero points and the tensor's own scale."""
         rows, columns = self.shape
         words = rows * n_words(columns, self.scheme.bits)
         zeros = 0 if self.zero is None else n_words(rows, self.scheme.bits) * self.zero.shape[1]
-        return 4 * (words + zeros) + self.scale.numel() * SCALE_DTYPES[self.scheme.scale_dtype].itemsize
+        scales = self.scale.numel() * SCALE_DTYPES[self.scheme.scale_dtype].itemsize
+        return 4 * (words + zeros + (self.scheme.scale_dtype == "float8_e4m3fn")) + scales
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,7 +62,7 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
         """Output channels start .. stop - 1 alone."""
         zero = None if self.zero is None else self.zero[start:stop]
-        return QuantizedTensor(self.codes[start:stop], self.scale[start:stop], zero, self.scheme)
+        return QuantizedTensor(self.codes[start:stop], self.scale[start:stop], zero, self.scheme, self.of_tensor)
 
 
 def to_groups(w: Tensor, group: int | None) -> Tensor:
@@ -75,14 +79,18 @@ def to_groups(w: Tensor, group: int | None) -> Tensor:
 
 def quantize(w: Tensor, scheme: WeightScheme, params: Params | None = None) -> QuantizedTensor:
     """Round w [out, in] to the nearest grid points; params [out, groups, 1], the full range where None."""
-    grid, grouped = scheme.grid, to_groups(w, scheme.group)  # [out, groups, group]
+    grid, grouped = scheme.grid.for_tensor(w), to_groups(w, scheme.group)  # [out, groups, group]
     params = grid.fit(grouped) if params is None else params
-    return assemble(grid.encode(grouped, params).flatten(1), params, scheme)
+    return assemble(grid.encode(grouped, params).flatten(1), params, scheme, grid)
 
 
-def assemble(codes: Tensor, params: Params, scheme: WeightScheme) -> QuantizedTensor:
-    """A QuantizedTensor of float codes [out, in] and params [out, groups, 1]."""
-    whole = torch.int8 if scheme.symmetric else torch.uint8
+def assemble(codes: Tensor, params: Params, scheme: WeightScheme, grid: Grid) -> QuantizedTensor:
+    """A QuantizedTensor of float codes [out, in] and params [out, groups, 1], both of this grid."""
     zero = None if params.zero is None else params.zero.squeeze(-1).to(torch.uint8)
-    scale = params.scale.squeeze(-1).to(SCALE_DTYPES[scheme.scale_dtype])
-    return QuantizedTensor(codes.to(whole), scale, zero, scheme)
+    scale = store_scale(params.scale.squeeze(-1), scheme.scale_dtype, grid.of_tensor)
+    return QuantizedTensor(codes.to(code_dtype(scheme)), scale, zero, scheme, grid.of_tensor)
+
+
+def code_dtype(scheme: WeightScheme) -> torch.dtype:
+    """What codes are kept in while they are not packed."""
+    return torch.int8 if scheme.grid.low < 0 else torch.uint8

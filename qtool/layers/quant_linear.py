@@ -27,6 +27,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.scheme = tensor.scheme
+        self.of_tensor = tensor.of_tensor
         self.activations = activations
         self.scale = nn.Parameter(tensor.scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -37,14 +38,14 @@ class QuantLinear(nn.Module):
 
     @property
     def qt(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scale.detach(), self.zero, self.scheme)
+        return QuantizedTensor(self.codes, self.scale.detach(), self.zero, self.scheme, self.of_tensor)
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """Weights [out, in] as the layer uses them; gradients reach the scale."""
-        grouped = to_groups(self.codes.to(torch.float32), self.scheme.group)  # [out, groups, group]
+        grouped = to_groups(self.scheme.grid.levels(self.codes), self.scheme.group)  # [out, groups, group]
         if self.zero is not None:
             grouped = grouped - self.zero.unsqueeze(-1)
-        return (grouped * self.scale.float().unsqueeze(-1)).flatten(1).to(dtype)
+        return (grouped * (self.scale.float() * self.of_tensor).unsqueeze(-1)).flatten(1).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations is not None:

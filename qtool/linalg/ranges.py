@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtool.formats.integer import IntegerGrid, Params
+from qtool.formats.integer import Params
+from qtool.formats.scheme import Grid
 
 Cost = Callable[[Tensor], Tensor]  # errors [out, groups, group] to costs [out, groups, 1]
 STEPS = 24
@@ -25,7 +26,7 @@ SMALLEST = 0.4
 CHUNK = 1 << 16  # weights searched at once, so that they stay in a core's cache
 
 
-def search_range(w: Tensor, grid: IntegerGrid, cost: Cost, steps: int = STEPS) -> Params:
+def search_range(w: Tensor, grid: Grid, cost: Cost, steps: int = STEPS) -> Params:
     """Params [out, groups, 1] of w [out, groups, group]; never worse by `cost` than the full range."""
     rows = max(1, CHUNK // w[0].numel())
     parts = [_search(chunk, grid, cost, steps) for chunk in w.split(rows)]
@@ -54,7 +55,7 @@ def diagonal_blocks(H: Tensor, group: int) -> Tensor:
     return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def _search(w: Tensor, grid: IntegerGrid, cost: Cost, steps: int) -> Params:
+def _search(w: Tensor, grid: Grid, cost: Cost, steps: int) -> Params:
     minimum, maximum = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [out, groups, 1]
     best = grid.fit_range(minimum, maximum)
     least = cost(grid.snap(w, best) - w)  # [out, groups, 1]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.integer import SCALE_DTYPES
 from qtool.formats.packing import n_words, unpack_int32
+from qtool.formats.scales import SCALE_DTYPES
 from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint

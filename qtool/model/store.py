@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from qtool.errors import QtoolError
 from qtool.formats.packing import unpack_int32
 from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import QuantizedTensor
+from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
 Stored = Tensor | tuple[QuantizedTensor, Scheme]
@@ -56,7 +55,11 @@ def save_changes(path: Path, changes: Changes) -> None:
         tensors[f"{name}::scale"] = quantized.scale.detach().contiguous().cpu()
         if quantized.zero is not None:
             tensors[f"{name}::zero"] = quantized.zero.contiguous().cpu()
-        schemes[name] = {"columns": quantized.shape[1], "scheme": scheme.model_dump()}
+        schemes[name] = {
+            "columns": quantized.shape[1],
+            "of_tensor": quantized.of_tensor,
+            "scheme": scheme.model_dump(),
+        }
     header = {"qtool": json.dumps(schemes)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -77,7 +80,7 @@ def load_changes(path: Path) -> Changes:
     for name, facts in schemes.items():
         scheme = Scheme.model_validate(facts["scheme"])
         codes = unpack_int32(tensors[f"{name}::codes"], scheme.weights.bits, facts["columns"]) + scheme.weights.grid.low
-        whole = torch.int8 if scheme.weights.symmetric else torch.uint8
-        quantized = QuantizedTensor(codes.to(whole), tensors[f"{name}::scale"], tensors.get(f"{name}::zero"), scheme.weights)
-        changes[name] = (quantized, scheme)
+        scale, zero = tensors[f"{name}::scale"], tensors.get(f"{name}::zero")
+        whole = codes.to(code_dtype(scheme.weights))
+        changes[name] = (QuantizedTensor(whole, scale, zero, scheme.weights, facts["of_tensor"]), scheme)
     return changes

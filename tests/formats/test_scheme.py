@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from qtool.formats.codebook import CodebookGrid
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.scheme import Scheme, SchemeSelection
 
@@ -17,6 +18,11 @@ SAME = {
         "activations": {"bits": 8},
         "kv": {"bits": 8},
     },
+    "nf4g64": {"weights": {"format": "nf4", "group": 64}},
+    "e4m3": {"weights": {"format": "e4m3", "bits": 8}},
+    "nvfp4": {"weights": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"}},
+    "mxfp6_e3m2": {"weights": {"format": "e3m2", "group": 32, "scale_dtype": "float8_e8m0fnu"}},
+    "mxint8": {"weights": {"bits": 8, "group": 32, "scale_dtype": "float8_e8m0fnu"}},
 }
 
 
@@ -44,6 +50,26 @@ def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
 def test_a_number_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="greater than or equal|less than or equal"):
         Scheme.model_validate(text)
+
+
+@pytest.mark.parametrize(
+    ("weights", "fault"),
+    [
+        ({"format": "nf4", "bits": 3}, "nf4 has 4 bits, not 3"),
+        ({"format": "nf4", "symmetric": False}, "nf4 has no zero points"),
+        ({"bits": 4, "symmetric": False, "scale_dtype": "float8_e8m0fnu"}, "zero points do not go with float8_e8m0fnu"),
+        ({"format": "nf5"}, "'int', 'nf4'"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(weights: dict[str, object], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        Scheme.model_validate({"weights": weights})
+
+
+@pytest.mark.parametrize("short", ["nf4", "mxfp4", "nvfp4", "e2m1g128"])
+def test_a_table_gives_its_own_grid(short: str) -> None:
+    weights = Scheme.model_validate(short).weights
+    assert isinstance(weights.grid, CodebookGrid) and weights.bits == 4 and weights.grid.high == 15
 
 
 def test_the_weights_part_gives_its_grid() -> None:

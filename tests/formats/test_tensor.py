@@ -4,18 +4,21 @@ import pytest
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.codebook import LEVELS
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 
-SCHEMES = ["w4a16g32", "w3a16g32-asym", "w8a16", "w2a16-asym"]
+INTEGERS = ["w4a16g32", "w3a16g32-asym", "w8a16", "w2a16-asym"]
+TABLES = ["nf4g32", "fp4_bnbg16", "e3m0g32", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "e4m3"]
+SCHEMES = [*INTEGERS, *TABLES, "mxint8"]
 
 
 def weights(rows: int = 6, columns: int = 96) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("short", SCHEMES)
+@pytest.mark.parametrize("short", [*INTEGERS, "mxint8"])
 def test_decoding_is_scale_times_code_minus_zero(short: str) -> None:
     scheme = Scheme.model_validate(short).weights
     tensor = quantize(weights(), scheme)
@@ -34,6 +37,27 @@ def test_bits_per_weight_count_codes_scales_and_zero_points() -> None:
     assert symmetric.bits_per_weight == 4 + 16 / 128
     asymmetric = quantize(weights(8, 256), Scheme.model_validate("w4a16g128-asym").weights)
     assert asymmetric.bits_per_weight == 4 + (16 + 4) / 128
+
+
+@pytest.mark.parametrize("short", TABLES)
+def test_decoding_a_table_is_scale_times_level(short: str) -> None:
+    scheme = Scheme.model_validate(short).weights
+    tensor = quantize(weights(), scheme)
+    group = scheme.group or 96
+    decoded, scale = tensor.dequantize(), tensor.scale.float()
+    for row in range(6):
+        for column in range(96):
+            level = LEVELS[scheme.format][int(tensor.codes[row, column])]
+            value = float(scale[row, column // group]) * tensor.of_tensor * level
+            assert float(decoded[row, column]) == pytest.approx(value, rel=1e-6)  # two float32 products
+
+
+@pytest.mark.parametrize(
+    ("short", "bits"),
+    [("nf4g64", 4 + 16 / 64), ("mxfp4", 4.25), ("mxfp6_e2m3", 6.25), ("mxint8", 8.25), ("nvfp4", 4.5 + 32 / (8 * 256))],
+)
+def test_bits_per_weight_of_tables_and_small_scales(short: str, bits: float) -> None:
+    assert quantize(weights(8, 256), Scheme.model_validate(short).weights).bits_per_weight == bits
 
 
 def test_three_bits_take_the_words_they_are_stored_in() -> None:

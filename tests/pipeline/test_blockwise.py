@@ -142,3 +142,18 @@ def test_bits_per_weight_is_counted_in_stored_bytes(
     n_quantized = sum(weight_of(layer).numel() for index in range(2) for layer in model.block(index).linears().values())
     saved = results["model"]["bytes_original"] - results["model"]["bytes_compressed"]
     assert saved == n_quantized * 4 - n_quantized * 4.5 / 8  # the tiny model is float32
+
+
+@pytest.mark.parametrize("short", ["w3a16g32-asym", "nf4g32", "mxfp4", "nvfp4", "mxint8", "mxfp6_e2m3"])
+def test_every_format_comes_back_from_disk_as_it_was_made(
+    short: str, tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    folder = tiny_model("llama")
+    results, model = run(folder, {"quantize/rtn": {"scheme": short}}, {"export/safetensors": None})
+    original = ModelHandle(ModelOptions(path=str(folder)))
+    before = {name: weight_of(layer) for name, layer in layers(original, 1).items()}
+    for name, layer in layers(model, 1).items():
+        assert torch.equal(weight_of(layer), quantize(before[name], layer.scheme).dequantize()), name
+    assert {row["scheme"] for row in results["blocks"]} == {short}
+    exported = ModelHandle(ModelOptions(path=str(folder.parent / "out" / results["exports"][0]["path"])))
+    assert all(torch.equal(weight_of(layer), weight_of(layers(model, 1)[n])) for n, layer in layers(exported, 1).items())

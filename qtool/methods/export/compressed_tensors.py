@@ -84,6 +84,8 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
     if not schemes:
         raise QtoolError(f"{WHERE}: no linear is quantized; put a quantize step before it, or use export/safetensors")
     for name, scheme in schemes.items():
+        if scheme.weights.format != "int" or scheme.weights.scale_dtype.startswith("float8"):
+            raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds whole numbers; use export/safetensors")
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
     experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.integer import Params
-from qtool.formats.scheme import SchemeSelection, WeightScheme
-from qtool.formats.tensor import QuantizedTensor, assemble, to_groups
+from qtool.formats.scheme import Grid, SchemeSelection, WeightScheme
+from qtool.formats.tensor import QuantizedTensor, assemble, code_dtype, to_groups
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
 from qtool.linalg.sweep import sweep
@@ -54,7 +54,7 @@ def gptq(
     if stats.n_tokens == 0:
         note("no calibration token reached it; rounded to nearest")  # its H is zero, U is the identity
     H = stats.hessian()  # [in, in]
-    grouped = to_groups(W, scheme.group)  # [out, groups, group]
+    grid, grouped = scheme.grid.for_tensor(W), to_groups(W, scheme.group)  # [out, groups, group]
     n_out, n_groups, group = grouped.shape
     order = order_columns(H.diagonal(), group, options.act_order)  # [in]
     U = inverse_factor(H, options.damp, note, order)  # [in, in]
@@ -63,7 +63,7 @@ def gptq(
     columns = W.T[order]  # [in, out], in turn
     pruned = columns == 0  # [in, out]: exact zeros stay zero, so that a sparse layer keeps its pattern
     is_sparse = bool(pruned.any())
-    codes = torch.empty_like(columns, dtype=torch.int8 if scheme.symmetric else torch.uint8)  # [in, out], as W stands
+    codes = torch.empty_like(columns, dtype=code_dtype(scheme))  # [in, out], as W stands
     scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
     turns = order.tolist()
 
@@ -71,23 +71,23 @@ def gptq(
         if not is_fitted:
             g = turns[start] // group
             now = columns[start:stop].T.unsqueeze(1)  # [out, 1, group]
-            fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], scheme, options)
+            fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], grid, options)
 
     def settle(c: int, w: Tensor) -> Tensor:
         g = turns[c] // group
         params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
         w = w.masked_fill(pruned[c], 0) if is_sparse else w
-        q = scheme.grid.encode(w, params)  # [out]
+        q = grid.encode(w, params)  # [out]
         codes[turns[c]] = q
-        return scheme.grid.decode(q, params)
+        return grid.decode(q, params)
 
     is_fitted = options.act_order == "static" or n_groups == 1
     if is_fitted:
-        fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), scheme, options)
+        fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), grid, options)
     del W, grouped  # `columns` holds them now
     sweep(columns, U, LEAF if is_fitted else group, begin, settle)
     params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
-    return assemble(codes.T.contiguous(), params, scheme)
+    return assemble(codes.T.contiguous(), params, scheme, grid)
 
 
 def order_columns(importance: Tensor, group: int, act_order: Order) -> Tensor:
@@ -102,12 +102,12 @@ def order_columns(importance: Tensor, group: int, act_order: Order) -> Tensor:
     return (groups.unsqueeze(1) * group + inner).flatten()
 
 
-def fit(scale: Tensor, zero: Tensor, w: Tensor, weights: Tensor, scheme: WeightScheme, options: GptqOptions) -> None:
+def fit(scale: Tensor, zero: Tensor, w: Tensor, weights: Tensor, grid: Grid, options: GptqOptions) -> None:
     """Fill scale and zero [groups, out] with the params of w [out, groups, group]; weights [groups, group]."""
     if options.range == "minmax":
-        params = scheme.grid.fit(w)
+        params = grid.fit(w)
     else:
-        params = search_range(w, scheme.grid, plain_cost if options.range == "mse" else weighted_cost(weights))
+        params = search_range(w, grid, plain_cost if options.range == "mse" else weighted_cost(weights))
     scale.copy_(params.scale.squeeze(-1).T)
     if params.zero is not None:
         zero.copy_(params.zero.squeeze(-1).T)

@@ -47,7 +47,7 @@ def rtn(
     grouped = to_groups(W, scheme.group)  # [out, groups, group]
     cost = _cost(grouped.shape[-1], stats, options, note)
     steps = FINE_STEPS if options.range == "output" else STEPS
-    return quantize(W, scheme, search_range(grouped, scheme.grid, cost, steps))
+    return quantize(W, scheme, search_range(grouped, scheme.grid.for_tensor(W), cost, steps))
 
 
 def _cost(group: int, stats: LayerStats | None, options: RtnOptions, note: Callable[[str], None]) -> Cost:

@@ -73,7 +73,7 @@ def candidates(W: Tensor, activation: Tensor, spread: Tensor, options: AwqOption
 
 def output_loss(W: Tensor, s: Tensor, H: Tensor, scheme: WeightScheme) -> float:
     """tr(D H Dᵀ) of rounding W [out, in] under the scale s [in]."""
-    grid = scheme.grid
+    grid = scheme.grid.for_tensor(W * s)
     grouped = to_groups(W * s, scheme.group)
     D = grid.snap(grouped, grid.fit(grouped)).flatten(1) / s - W  # [out, in]
     return float(((D @ H) * D).sum())

@@ -273,3 +273,22 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     stats.update(torch.full((1, 32), float("nan")))
     with pytest.raises(QtoolError, match="NaN or infinity"):
         run(W, stats, "w4a16g32")
+
+
+@pytest.mark.parametrize("short", ["nf4g16", "e3m0g16", "mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4", "e4m3"])
+@pytest.mark.parametrize("order", ["static", "none"])
+def test_every_format_gains_from_passing_errors_on(short: str, order: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, 64, generator=random) * torch.rand(64, generator=random) ** 2  # [in, in]
+    x = torch.randn(400, 64, generator=random) @ mix  # [tokens, in]
+    W = torch.randn(24, 64, generator=random)
+    stats = LayerStats(64, ("hessian",))
+    stats.update(x)
+    scheme = Scheme.model_validate(short).weights
+    options = GptqOptions.model_validate({"scheme": short, "act_order": order, "range": "minmax"})
+    tensor = gptq(W.clone(), stats, scheme, options, print)
+    plain = quantize(W, scheme)
+    losses = [float((x @ (t.dequantize() - W).T).square().sum()) for t in (tensor, plain)]
+    assert losses[0] < losses[1]
+    again = quantize(tensor.dequantize(), scheme, tensor.params())
+    assert torch.equal(again.dequantize(), tensor.dequantize())  # on the grid of its own params

@@ -1,0 +1,44 @@
+"""Scales: how a group's range becomes the scale that is stored, in each dtype that scales are stored in.
+
+    float32, float16, bfloat16    scale = nearest(amax / largest)
+    float8_e4m3fn                 scale = s_t · nearest(amax / (largest s_t)),  s_t = amax of the tensor / (448 largest)
+    float8_e8m0fnu                scale = 2^(floor(log2 amax) - floor(log2 largest)),  a power of two
+    amax [..., 1] largest magnitude of a group    largest: that of the grid's levels    s_t: one float32 per tensor
+Source: OCP Microscaling Formats 1.0, section 6.3 (powers of two); NVFP4 as in NVIDIA's TensorRT Model Optimizer (s_t).
+"""
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+}
+E4M3_LARGEST = 448.0
+E4M3_SMALLEST = 2.0**-9
+
+
+def tensor_scale(w: Tensor, largest: float, dtype: str) -> float:
+    """s_t of a whole tensor w; 1 where scales are stored alone, or the tensor is zero."""
+    amax = float(w.abs().amax()) if dtype == "float8_e4m3fn" and w.numel() else 0.0
+    return float(torch.tensor(amax / (E4M3_LARGEST * largest))) if amax > 0 else 1.0
+
+
+def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Tensor:
+    """The scale [..., 1] that is stored for groups whose largest magnitude is amax [..., 1]; 1 where it would be zero."""
+    if dtype == "float8_e8m0fnu":
+        exponent = torch.frexp(amax).exponent - torch.frexp(torch.tensor(largest)).exponent  # floors of both logarithms
+        stored = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
+    elif dtype == "float8_e4m3fn":
+        stored = (amax / (largest * of_tensor)).clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float() * of_tensor
+    else:
+        stored = (amax / largest).to(SCALE_DTYPES[dtype]).float()
+    return torch.where((amax > 0) & (stored > 0), stored, torch.full_like(stored, of_tensor))
+
+
+def store_scale(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:
+    """scale as it lies in the file, without s_t."""
+    return (scale / of_tensor).to(SCALE_DTYPES[dtype])
