@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 
 from qtool.errors import QtoolError
 
-Statistic = Literal["amax", "mean_abs", "hessian", "inputs"]
+Statistic = Literal["amax", "mean_abs", "hessian", "drift", "inputs"]
 Needs = tuple[Statistic, ...]  # the statistics of a linear's input that a method reads
 
 

@@ -1,6 +1,7 @@
 """LayerStats: running statistics of one linear's input, or of several linears that share it.
 
     H = mean over tokens of x xᵀ  [in, in]     amax_j = max |x_j|     mean_abs_j = mean |x_j|     x [tokens, in]
+    D = mean over tokens of (x° - x) xᵀ  [in, in], the drift from x°, what the original model has in x's place
 All in float32; x is seen once and forgotten, except where a method needs the inputs themselves.
 H is symmetric: of each strip of columns only the part on and below the diagonal is summed, the rest is its mirror image.
 """
@@ -25,16 +26,21 @@ class LayerStats:
         self._sum_abs = torch.zeros(n_features, device=device)
         self._mean_square = torch.zeros(n_features, n_features, device=device) if "hessian" in needs else None
         self._is_whole = True
+        self._drift = torch.zeros(n_features, n_features, device=device) if "drift" in needs else None
         self._inputs: list[Tensor] = []
 
-    def update(self, x: Tensor) -> None:
-        """Take in x [..., in]."""
+    def update(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Take in x [..., in], and what the original model has in its place where the drift is asked for."""
         if "inputs" in self._needs:
             self._inputs.append(x.detach())
-        for chunk in x.detach().reshape(-1, x.shape[-1]).split(CHUNK):  # [tokens, in]
-            self._take(chunk.float())
+        rows = x.detach().reshape(-1, x.shape[-1])  # [tokens, in]
+        if self._drift is not None and (original is None or original.shape != x.shape):
+            self._drift = None  # a mixture's router may send other tokens here than in the original
+        originals = rows if self._drift is None or original is None else original.detach().reshape(rows.shape)
+        for chunk, before in zip(rows.split(CHUNK), originals.split(CHUNK), strict=True):
+            self._take(chunk.float(), before)
 
-    def _take(self, wide: Tensor) -> None:
+    def _take(self, wide: Tensor, original: Tensor) -> None:
         self.n_tokens += len(wide)
         if len(wide) == 0:
             return
@@ -48,6 +54,10 @@ class LayerStats:
             for start, stop in self._strips():
                 lower = self._mean_square[start:, start:stop]
                 lower.addmm_(wide[:, start:].T, wide[:, start:stop], beta=1 - share, alpha=share / len(wide))
+
+        if self._drift is not None:
+            share = len(wide) / self.n_tokens
+            self._drift.addmm_((original.float() - wide).T, wide, beta=1 - share, alpha=share / len(wide))  # [in, in]
 
     def _strips(self) -> list[tuple[int, int]]:
         """First and last + 1 column of each strip of H."""
@@ -67,6 +77,11 @@ class LayerStats:
                 self._mean_square[start:stop, stop:] = self._mean_square[stop:, start:stop].T
             self._is_whole = True
         return self._mean_square
+
+    def drift(self) -> Tensor | None:
+        """Mean of (x° - x) xᵀ, [in, in]; None where the two could not be paired token by token."""
+        assert "drift" in self._needs, "drift() of statistics gathered without it"
+        return self._drift
 
     def amax(self) -> Tensor:
         """Largest magnitude per input channel, [in]."""

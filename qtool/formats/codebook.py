@@ -65,6 +65,11 @@ class CodebookGrid:
         return len(LEVELS[self.format]) - 1
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest level, before any scale."""
+        return min(LEVELS[self.format]), max(LEVELS[self.format])
+
+    @property
     def largest(self) -> float:
         return max(map(abs, LEVELS[self.format]))
 

@@ -42,6 +42,11 @@ class IntegerGrid:
         return self.low + (1 << self.bits) - 1
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest level, before any zero point and scale."""
+        return float(self.low), float(self.high)
+
+    @property
     def largest(self) -> float:
         return (1 << (self.bits - 1)) - 0.5 if self.symmetric else float(self.high)
 

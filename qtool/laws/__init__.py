@@ -24,7 +24,10 @@ from qtool.laws.linear import (
 )
 from qtool.laws.model import (
     evaluating_repeats,
+    every_linear_of_the_block_is_quantized,
     exported_bytes_are_the_model,
+    quantizing_a_block_is_deterministic,
+    the_blocks_error_is_no_worse_than_roundings,
     the_gradient_is_finite,
     the_loss_is_smallest_at_the_teacher,
     transforming_is_deterministic,
@@ -42,6 +45,11 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         quantizing_is_deterministic,
         loss_is_no_worse_than_rounding,
         quantizing_rows_apart_is_the_same,
+    ),
+    ("quantize", "block"): (
+        every_linear_of_the_block_is_quantized,
+        quantizing_a_block_is_deterministic,
+        the_blocks_error_is_no_worse_than_roundings,
     ),
     ("prune", "linear"): (
         sparsity_is_exact,

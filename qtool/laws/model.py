@@ -18,7 +18,8 @@ from qtool.artifact import Artifact, Metric, digest_file
 from qtool.calibration.statistics import LayerStats
 from qtool.calibration.tokens import ASSETS
 from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import quantize
+from qtool.formats.tensor import QuantizedTensor, quantize
+from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.store import save_changes
@@ -34,13 +35,15 @@ SAMPLE_CHOICES: dict[str, Any] = {  # what required or costly options are set to
     "length": 32,
     "tasks": ["demo_cloze"],
     "limit": 4,
+    "steps": 10,
 }
+BLOCK_SCHEMES = ("w4a16g32", "w2a16g32-asym")
 
 
-def sample_options(method: Method) -> Options:
-    """Options of a method that make it cheap; defaults elsewhere."""
+def sample_options(method: Method, **stated: object) -> Options:
+    """Options of a method that make it cheap, but for those stated; defaults elsewhere."""
     chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in method.options.model_fields}
-    return method.options.model_validate(chosen)
+    return method.options.model_validate(chosen | stated)
 
 
 @contextmanager
@@ -77,6 +80,60 @@ def tiny_checkpoint() -> Iterator[Path]:
 
 def sample_tokens() -> Tensor:
     return torch.randint(2, 4096, (3, 24), generator=torch.Generator().manual_seed(0))  # [samples, length]
+
+
+# ---- quantize, a block at a time ----
+
+
+def quantize_first_block(method: Method, folder: Path, scheme: str) -> tuple[Block, Tensor, Tensor, dict[str, QuantizedTensor]]:
+    """The block, its inputs and outputs before it was changed [samples, length, hidden], and what the method made of it."""
+    model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
+    hidden = model.embed(sample_tokens())
+    block = model.block(0)
+    targets = block.forward(hidden)
+    options = sample_options(method, scheme=scheme)
+    schemes = dict.fromkeys(block.linears(), Scheme.model_validate(scheme))
+    found: dict[str, QuantizedTensor] = method.run(block, hidden, targets, schemes, options, 0, lambda text: None)
+    return block, hidden, targets, found
+
+
+def every_linear_of_the_block_is_quantized(method: Method) -> None:
+    """Each gets its scheme, codes in range and a scale for every group; the block itself is left as it was."""
+    with tiny_checkpoint() as folder:
+        for scheme in BLOCK_SCHEMES:
+            block, hidden, targets, found = quantize_first_block(method, folder, scheme)
+            assert list(found) == list(block.linears()), f"{method.key} quantizes {', '.join(found)}"
+            for name, tensor in found.items():
+                low, high = tensor.scheme.grid.low, tensor.scheme.grid.high
+                assert tensor.scheme == Scheme.model_validate(scheme).weights, f"{name}: the result has another scheme"
+                assert tensor.shape == shape_of(block.get(name)), f"{name}: shape {tensor.shape}"
+                assert low <= int(tensor.codes.min()) and int(tensor.codes.max()) <= high, f"{name}: codes out of range"
+                again = quantize(tensor.dequantize(), tensor.scheme, tensor.params())
+                assert torch.equal(again.codes, tensor.codes), f"{name}: values are not on the grid of their params"
+            assert torch.equal(block.forward(hidden), targets), f"{method.key} changes the block"
+
+
+def quantizing_a_block_is_deterministic(method: Method) -> None:
+    """Two runs with one seed give the same bits."""
+    with tiny_checkpoint() as folder:
+        first, second = (quantize_first_block(method, folder, BLOCK_SCHEMES[0])[-1] for _ in range(2))
+        for name, tensor in first.items():
+            is_same = torch.equal(tensor.codes, second[name].codes) and torch.equal(tensor.scale, second[name].scale)
+            assert is_same, f"{method.key}: {name}: two runs differ"
+
+
+def the_blocks_error_is_no_worse_than_roundings(method: Method) -> None:
+    """The squared error of the block's output is at most that of rounding every linear to nearest."""
+    with tiny_checkpoint() as folder:
+        for scheme in BLOCK_SCHEMES:
+            block, hidden, targets, found = quantize_first_block(method, folder, scheme)
+            rounded = {name: quantize(weight_of(block.get(name)), tensor.scheme) for name, tensor in found.items()}
+            losses = []
+            for tensors in (found, rounded):
+                with block.replaced({name: QuantLinear(tensor, None) for name, tensor in tensors.items()}):
+                    losses.append(float((block.forward(hidden) - targets).square().mean()))
+            # Sums in float32 end in the sixth digit.
+            assert losses[0] <= losses[1] * (1 + 1e-5), f"{method.key}: {scheme}: error {losses[0]}, rounding's {losses[1]}"
 
 
 # ---- transform ----

@@ -9,7 +9,7 @@ Why not fx tracing or per-model classes: the model's own forward already knows, 
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +57,23 @@ class Block:
         """The module of a full name."""
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
 
+    def put(self, name: str, layer: nn.Module) -> None:
+        """Let `layer` stand at a full name inside the block."""
+        path, _, last = name.removeprefix(f"{self.name}.").rpartition(".")
+        setattr(self.module.get_submodule(path), last, layer)
+
+    @contextlib.contextmanager
+    def replaced(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Inside, `layers` stand at their full names; afterwards what stood there before."""
+        before = {name: self.get(name) for name in layers}
+        for name, layer in layers.items():
+            self.put(name, layer)
+        try:
+            yield
+        finally:
+            for name, layer in before.items():
+                self.put(name, layer)
+
     @property
     def head_dim(self) -> int | None:
         """Channels of an attention head, where the config tells."""
@@ -66,7 +83,10 @@ class Block:
 
     def call_arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model hands this block beside hidden [batch, length, hidden]: masks, positions."""
-        return self._handle.calls[tuple(hidden.shape[:2])][self.index]
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._handle.calls:
+            self._handle.record_calls(shape)
+        return self._handle.calls[shape][self.index]
 
     def call(self, hidden: Tensor) -> Tensor:
         """hidden [batch, length, hidden] through the block."""
@@ -349,6 +369,13 @@ class ModelHandle:
                 return torch.cat([self._enter_blocks(first, batch) for batch in tokens.split(BATCH)])
         finally:
             self.release(0)
+
+    @torch.no_grad()
+    def record_calls(self, shape: tuple[int, int]) -> None:
+        """Learn how blocks are called for batches of `shape` (batch, length)."""
+        with self.outer():
+            self._enter_blocks(self.block(0), torch.zeros(shape, dtype=torch.int64))
+        self.release(0)
 
     def _enter_blocks(self, first: Block, batch: Tensor) -> Tensor:
         """The first block's input for batch [batch, length]; fills `calls` for a batch shape not seen before."""

@@ -4,17 +4,19 @@ For each block:  observe its linears' inputs -> the method -> install -> go on w
 With `true_sequential` one walk does it, linears that share an input at a time; without, one pass observes all linears as
 they were and a second one carries the changed block's outputs on.
 A transform leaves the model's function alone, so blocks after it are fed from the model before the step; a quantizer or
-pruner changes it, so they are fed from the changed blocks.
+pruner changes it, so they are fed from the changed blocks. Methods of scope block, and those that ask for the drift, also
+see what the model before the step has in the same place: a twin that goes through the blocks beside the changing one.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
@@ -48,11 +50,17 @@ class Work:
 
 @large_pieces_returned()
 def run_blockwise(
-    model: ModelHandle, method: Method, options: Any, tokens: Tensor | None, folder: StepFolder, progress: Progress
+    model: ModelHandle,
+    method: Method,
+    options: Any,
+    tokens: Tensor | None,
+    seed: int,
+    folder: StepFolder,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks."""
     needs = method.needed(options)
-    needs_inputs = bool(needs) or method.kind == "transform"
+    needs_inputs = bool(needs) or method.scope == "block"
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
     changes_function = method.kind != "transform"
@@ -61,6 +69,9 @@ def run_blockwise(
 
     source = model if changes_function else before_step(model, folder)
     hidden = source.embed(tokens) if needs_inputs and tokens is not None else None
+    twin = None
+    if tokens is not None and changes_function and (method.scope == "block" or "drift" in needs):
+        twin = Twin(before_step(model, folder), tokens)
     for index in range(model.n_blocks):
         unit = f"block_{index:03d}"
         is_done = folder.unit(unit).is_file()
@@ -70,21 +81,47 @@ def run_blockwise(
             if is_done:
                 assert hidden is not None
                 hidden = block.forward(hidden)
+                if twin is not None:
+                    twin.forward(index)
             else:
                 work = Work(source.unit_changes(unit))
-                if changes_function:
-                    hidden = change_block(block, method, options, needs, hidden, work, is_last)
-                else:
+                if not changes_function:
                     assert hidden is not None
                     hidden = transform_block(block, method, options, needs, hidden, work)
+                elif method.scope == "block":
+                    assert hidden is not None and twin is not None
+                    hidden = tune_block(block, method, options, hidden, twin, seed, work)
+                else:
+                    hidden = change_block(block, method, options, needs, hidden, twin, work, is_last)
                 folder.write_records(unit, {"linears": work.linears, "fallbacks": work.fallbacks})
                 save_changes(folder.unit(unit), work.changes)
             source.release(index)
         progress.advance(f"{model.blocks_name}.{index}")
     if head is not None and not folder.unit("outer").is_file():
-        change_head(model, head, method, options, needs, hidden, folder)
+        change_head(model, head, method, options, needs, hidden, twin, folder)
         progress.advance(head)
     return collect(model, folder)
+
+
+class Twin:
+    """The model as it was before the step, with what its next block is fed."""
+
+    def __init__(self, model: ModelHandle, tokens: Tensor) -> None:
+        self.model = model
+        self.hidden = model.embed(tokens)
+
+    def forward(self, index: int) -> Tensor:
+        """Go through block `index`; returns its output [samples, length, hidden]."""
+        self.hidden = self.model.block(index).forward(self.hidden)
+        self.model.release(index)
+        return self.hidden
+
+    @contextlib.contextmanager
+    def walk(self, index: int, stops: list[str]) -> Iterator[Walk]:
+        """A walk through block `index`, which takes `hidden` along."""
+        with Walk(self.model.block(index), self.hidden, stops) as walk:
+            yield walk
+        self.model.release(index)
 
 
 def before_step(model: ModelHandle, folder: StepFolder) -> ModelHandle:
@@ -106,6 +143,9 @@ def check_selection(model: ModelHandle, method: Method, options: Selection) -> N
     """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide."""
     names = model.linear_names()
     require_matches(method.key, options.patterns(), names)
+    head = head_to_change(model, options)
+    if head is not None and method.scope == "block":
+        raise QtoolError(f"{method.key} works on blocks, and {head} stands outside them; add it to ignore")
     if isinstance(options, SchemeSelection):
         for name in names:
             scheme = options.scheme_of(name)
@@ -158,7 +198,14 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
 
 
 def change_block(
-    block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor | None, work: Work, is_last: bool
+    block: Block,
+    method: Method,
+    options: Any,
+    needs: Needs,
+    hidden: Tensor | None,
+    twin: Twin | None,
+    work: Work,
+    is_last: bool,
 ) -> Tensor | None:
     """Quantize or prune the block's linears, those that share an input together; returns the block's new output."""
     groups = {names[0]: names for names in chosen_groups(block, options, hidden)}
@@ -172,15 +219,46 @@ def change_block(
         for name, names in groups.items():
             change_linears(block, names, stats.pop(name), method, options, work)
         return None if is_last else block.forward(hidden)
-    with Walk(block, hidden, list(groups)) as walk:
-        for name, inputs in walk:
+    with contextlib.ExitStack() as stack:
+        walk = stack.enter_context(Walk(block, hidden, list(groups)))
+        beside = None if twin is None else stack.enter_context(twin.walk(block.index, list(groups)))
+        for name, inputs, originals in side_by_side(walk, beside):
             while inputs:
-                stats[name].update(inputs.pop())
+                stats[name].update(inputs.pop(), originals.pop() if originals else None)
             return_free_memory()
             change_linears(block, groups.pop(name), stats.pop(name), method, options, work)
         for name, names in groups.items():  # no sample came there
             change_linears(block, names, stats.pop(name), method, options, work)
         return None if is_last else walk.finish()
+
+
+def side_by_side(walk: Walk, beside: Walk | None) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """Every stop of a walk with its inputs, and those of a second walk through the same stops."""
+    if beside is None:
+        for name, inputs in walk:
+            yield name, inputs, []
+        return
+    for (name, inputs), (other, originals) in zip(walk, beside, strict=True):
+        assert name == other, f"{name} and {other}: both walks call the same linears in the same order"
+        yield name, inputs, originals
+
+
+def tune_block(
+    block: Block, method: Method, options: SchemeSelection, hidden: Tensor, twin: Twin, seed: int, work: Work
+) -> Tensor:
+    """Let a method of scope block quantize all of the block's linears together; returns the block's new output."""
+    schemes = {name: scheme for name in block.linears() if (scheme := options.scheme_of(name)) is not None}
+    begun = time.perf_counter()
+    found = method.run(block, hidden, twin.forward(block.index), schemes, options, seed + block.index, work.note(block.name))
+    seconds = (time.perf_counter() - begun) / max(len(found), 1)
+    for name, tensor in found.items():
+        layer = block.get(name)
+        before = weight_of(layer)
+        block.put(name, QuantLinear(tensor, getattr(layer, "bias", None), schemes[name].activations))
+        work.changes[f"{name}.weight"] = (tensor, schemes[name])
+        facts = errors(before, tensor.dequantize(), None)
+        work.linears.append({"name": name, "scheme": str(schemes[name]), "seconds": seconds, **facts})
+    return block.forward(hidden)
 
 
 def chosen_groups(block: Block, options: Selection, hidden: Tensor | None) -> list[tuple[str, ...]]:
@@ -222,7 +300,7 @@ def change_linears(
             stop = start + len(before)
             if scheme is not None:
                 part = result.rows(start, stop)
-                install(block, name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
+                block.put(name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
                 work.changes[f"{name}.weight"] = (part, scheme)
                 after = part.dequantize()
             else:
@@ -242,13 +320,6 @@ def change_linears(
         return_free_memory()
 
 
-def install(block: Block, name: str, layer: nn.Module) -> None:
-    """Put a new layer at a full name inside the block."""
-    local = name.removeprefix(f"{block.name}.")
-    path, _, last = local.rpartition(".")
-    setattr(block.module.get_submodule(path), last, layer)
-
-
 def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str, float | None]:
     """SQNR of the weights in dB, and the relative squared error of the outputs over the calibration tokens."""
     D = after.to(before.device) - before
@@ -263,19 +334,37 @@ def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str,
 
 
 def change_head(
-    model: ModelHandle, head: str, method: Method, options: Any, needs: Needs, hidden: Tensor | None, folder: StepFolder
+    model: ModelHandle,
+    head: str,
+    method: Method,
+    options: Any,
+    needs: Needs,
+    hidden: Tensor | None,
+    twin: Twin | None,
+    folder: StepFolder,
 ) -> None:
     """The same for the output head, which stands outside the blocks."""
     work = Work(model.unit_changes("outer"))
+    originals = [] if twin is None else inputs_of_head(twin.model, head, twin.hidden)
+    inputs = [] if hidden is None else inputs_of_head(model, head, hidden)
     with model.outer():
         outside = Block(model, -1, model.model, "")
         stats = None
         if hidden is not None:
             stats = LayerStats(model.linear_shape(head)[1], needs)
-            hook = outside.get(head).register_forward_pre_hook(lambda module, args: stats.update(args[0]))
-            for batch in hidden.split(8):
-                model.logits(batch)
-            hook.remove()
+            for place, x in enumerate(inputs):
+                stats.update(x, originals[place] if originals else None)
         change_linears(outside, (head,), stats, method, options, work)
     folder.write_records("outer", {"linears": work.linears, "fallbacks": work.fallbacks})
     save_changes(folder.unit("outer"), work.changes)
+
+
+def inputs_of_head(model: ModelHandle, head: str, hidden: Tensor) -> list[Tensor]:
+    """What the output head is fed for the last block's output hidden, batch by batch [batch, length, in]."""
+    found: list[Tensor] = []
+    with model.outer():
+        hook = model.model.get_submodule(head).register_forward_pre_hook(lambda module, args: found.append(args[0].cpu()))
+        for batch in hidden.split(8):
+            model.logits(batch)
+        hook.remove()
+    return found

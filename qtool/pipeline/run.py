@@ -21,7 +21,7 @@ from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
 from qtool.model.store import write_text
-from qtool.options import ModelOptions, TrainingOptions
+from qtool.options import ModelOptions, Selection, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.training import run_training
@@ -51,9 +51,9 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
 
 def check_step(step: Step, model: ModelHandle) -> None:
     """What can be known to fail without a weight: patterns that match nothing, groups that do not divide."""
-    if step.method.scope == "linear":
+    if isinstance(step.options, Selection):
         with located(step):
-            check_selection(model, step.method, step.options)  # type: ignore[arg-type]
+            check_selection(model, step.method, step.options)
     if step.method.check is not None:
         with located(step):
             step.method.check(model, step.options)
@@ -140,7 +140,9 @@ class Run:
             model, seed = self._compressed, self.recipe.seed
             return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
         if method.kind in CHANGING:
-            return run_blockwise(self._compressed, method, options, self.tokens, state, self.progress)
+            return run_blockwise(
+                self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress
+            )
         if method.kind == "evaluate":
             subjects = [("original", self.original)]
             if self._compressed is not self.original:

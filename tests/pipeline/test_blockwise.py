@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from qtool.errors import QtoolError
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
@@ -157,3 +158,46 @@ def test_every_format_comes_back_from_disk_as_it_was_made(
     assert {row["scheme"] for row in results["blocks"]} == {short}
     exported = ModelHandle(ModelOptions(path=str(folder.parent / "out" / results["exports"][0]["path"])))
     assert all(torch.equal(weight_of(layer), weight_of(layers(model, 1)[n])) for n, layer in layers(exported, 1).items())
+
+
+def test_drifted_inputs_are_made_up_for_from_the_first_changed_linear_on(
+    tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    folder, step = tiny_model("llama"), {"scheme": "w2a16g32", "ignore": []}
+    _, plain = run(folder, {"quantize/gptq": step}, name="plain")
+    results, made_up = run(folder, {"quantize/gptq": step | {"alpha": 0.5}}, name="made-up")
+    same = {name: torch.equal(weight_of(a), weight_of(layers(made_up)[name])) for name, a in layers(plain).items()}
+    assert same["q_proj"] and same["k_proj"] and same["v_proj"]  # the first block's inputs are the original's
+    assert not same["o_proj"] and not same["down_proj"]
+    assert results["fallbacks"] == [] and any(row["name"] == "lm_head" for row in results["blocks"])
+
+
+def test_a_mixtures_experts_see_other_tokens_and_say_so(
+    tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    results, _ = run(tiny_model("mixtral"), {"quantize/gptq": {"scheme": "w2a16g32", "alpha": 0.5}})
+    assert results["fallbacks"] and all("experts" in text and "cannot be paired" in text for text in results["fallbacks"])
+
+
+def test_blocks_are_tuned_to_the_original_models_outputs_and_feed_the_next(
+    tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    folder = tiny_model("llama")
+    results, model = run(folder, {"quantize/sign_round": {"scheme": "w3a16g32", "steps": 20}})
+    assert all(isinstance(layer, QuantLinear) for index in range(2) for layer in layers(model, index).values())
+    assert {row["scheme"] for row in results["blocks"]} == {"w3a16g32"}
+    _, rounded = run(folder, {"quantize/rtn": {"scheme": "w3a16g32"}}, name="rounded")
+    from qtool.calibration.tokens import TextOptions, read_tokens
+
+    original = ModelHandle(ModelOptions(path=str(folder)))
+    tokens = read_tokens(TextOptions(**CALIBRATION), original.tokenizer, 0)
+    final = original.final_hidden(tokens)
+    errors = [float((handle.final_hidden(tokens) - final).square().mean()) for handle in (model, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_head_outside_the_blocks_is_no_work_for_a_method_of_blocks(
+    tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    with pytest.raises(QtoolError, match="lm_head stands outside them; add it to ignore"):
+        run(tiny_model("llama"), {"quantize/sign_round": {"scheme": "w4a16g32", "ignore": []}})

@@ -3,7 +3,10 @@
 Minimize tr((W - Q) H (W - Q)ᵀ) over grid points Q, column c by column c:
     q_c = nearest grid point of w_c      e_c = (w_c - q_c) / U_cc      w_j -= e_c U_cj  for every later column j
     W, Q [out, in]    H [in, in] mean of x xᵀ    U [in, in] upper, UᵀU = (H + damp·mean(diag H)·I)⁻¹
-Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: ranges may be searched, with the weights 1 / U_jj²,
+With alpha > 0 (GPTAQ) the target is what the original model's input x° gives, W x°, and not W x: each column also passes
+    w_j += P_cj w_c,   P = alpha triu(D Uᵀ, 1) U      D [in, in] mean of (x° - x) xᵀ
+Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1; Li et al. 2025, arXiv:2504.02692 (GPTAQ), section 4.
+Differs: ranges may be searched, with the weights 1 / U_jj²,
 the curvature of column j while later ones can still make up for it; errors spread as linalg/sweep.py tells.
 Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
 Why these defaults: on the demo model's validation text at w3a16g128, over two draws of the calibration text, KL is 0.0318;
@@ -15,7 +18,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
@@ -25,7 +28,7 @@ from qtool.formats.tensor import QuantizedTensor, assemble, code_dtype, to_group
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
 from qtool.linalg.sweep import sweep
-from qtool.options import Sequential
+from qtool.options import Needs, Sequential
 from qtool.registry import Method
 
 LEAF = 32  # columns settled between matrix products where no range is fitted on the way
@@ -35,6 +38,7 @@ Order = Literal["none", "static", "group"]
 class GptqOptions(SchemeSelection, Sequential):
     """Options of GPTQ."""
 
+    alpha: float = Field(0.0, ge=0, le=1, description="how far to make up for inputs that drifted from the original's: GPTAQ")
     damp: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to it; raised where too little")
     act_order: Order = Field(
         "static",
@@ -45,6 +49,13 @@ class GptqOptions(SchemeSelection, Sequential):
         "mse",
         description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
     )
+
+
+    @model_validator(mode="after")
+    def _drift_is_seen_in_one_pass(self) -> "GptqOptions":
+        if self.alpha > 0 and not self.true_sequential:
+            raise ValueError("alpha needs true_sequential: true, which sees both models' inputs side by side")
+        return self
 
 
 def gptq(
@@ -85,9 +96,20 @@ def gptq(
     if is_fitted:
         fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), grid, options)
     del W, grouped  # `columns` holds them now
-    sweep(columns, U, LEAF if is_fitted else group, begin, settle)
+    sweep(columns, U, LEAF if is_fitted else group, begin, settle, pull(stats, U, order, options.alpha, note))
     params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
     return assemble(codes.T.contiguous(), params, scheme, grid)
+
+
+def pull(stats: LayerStats, U: Tensor, order: Tensor, alpha: float, note: Callable[[str], None]) -> Tensor | None:
+    """P [in, in], in turn: what each column passes on because its input drifted; None where nothing is asked for."""
+    if alpha == 0 or stats.n_tokens == 0:
+        return None
+    D = stats.drift()
+    if D is None:
+        note("its inputs cannot be paired with the original's; quantized with alpha 0")
+        return None
+    return alpha * (D[order][:, order] @ U.T).triu(1) @ U
 
 
 def order_columns(importance: Tensor, group: int, act_order: Order) -> Tensor:
@@ -113,4 +135,9 @@ def fit(scale: Tensor, zero: Tensor, w: Tensor, weights: Tensor, grid: Grid, opt
         zero.copy_(params.zero.squeeze(-1).T)
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs=("hessian",), rowwise=True)
+def needs(options: GptqOptions) -> Needs:
+    """The drift only where it is made up for."""
+    return ("hessian", "drift") if options.alpha > 0 else ("hessian",)
+
+
+METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs=needs, rowwise=True)
