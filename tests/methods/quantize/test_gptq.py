@@ -118,7 +118,7 @@ def test_the_golden_catches_a_wrong_slice_that_the_law_lets_pass(act_order: str,
     """Errors spread past the group at once and a second time after it: still better than rounding, and wrong."""
     Begin, Settle = Callable[[int, int], None], Callable[[int, Tensor], Tensor]
 
-    def spread_twice(columns: Tensor, U: Tensor, leaf: int, begin: Begin, settle: Settle) -> None:
+    def spread_twice(columns: Tensor, U: Tensor, leaf: int, begin: Begin, settle: Settle, P: None) -> None:
         for start in range(0, len(columns), leaf):
             stop = min(start + leaf, len(columns))
             begin(start, stop)
