@@ -31,6 +31,7 @@ class Method:
     scope: Scope
     needs: Needs | Callable[[Any], Needs] = ()  # stated, or derived from the options
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
+    low_rank: bool = False  # an export that also writes the low-rank factors of factorize
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     key: str = ""
 

@@ -31,7 +31,7 @@ def test_a_registered_method_satisfies_the_laws_of_its_kind(key: str, law: str) 
     registry.laws(key)[law]()
 
 
-@pytest.mark.parametrize("kind", ["transform", "quantize", "prune", "distill", "evaluate", "export"])
+@pytest.mark.parametrize("kind", ["transform", "quantize", "prune", "factorize", "distill", "evaluate", "export"])
 def test_every_method_that_changes_or_judges_a_model_has_laws(kind: str) -> None:
     keys = [key for key in registry.list_methods() if key.startswith(f"{kind}/")]
     assert keys and all(registry.laws(key) for key in keys)
@@ -107,7 +107,7 @@ def test_a_law_catches_a_method_that_breaks_it(kind: str, run: Callable[..., obj
         laws.of(method)[law]()
 
 
-# ---- factorize: its laws wait for their first member; a truncated SVD satisfies them ----
+# ---- factorize: a truncated SVD satisfies its laws ----
 
 
 class SvdOptions(Selection):

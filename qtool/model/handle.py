@@ -28,7 +28,7 @@ from qtool.model.checkpoint import Checkpoint, find_files
 from qtool.model.compressed import read_compressed, read_scheme
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
-from qtool.model.store import Changes, load_changes, load_schemes
+from qtool.model.store import LOW_RANK, Changes, load_changes, load_low_rank_names, load_schemes
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -245,12 +245,13 @@ class ModelHandle:
                 if isinstance(module, nn.Linear) and not (root is self.model and self._in_block(name)):
                     quantized = read_compressed(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
-                        self._place_quantized(root, name, *quantized)
+                        self._place_quantized(root, name, *quantized, None)
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
-            else:
-                self._place_quantized(root, name.removeprefix(prefix).removesuffix(".weight"), *value)
+            elif isinstance(value, tuple):
+                linear = name.removesuffix(".weight")
+                self._place_quantized(root, linear.removeprefix(prefix), *value, changes.get(linear + LOW_RANK))
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -270,6 +271,12 @@ class ModelHandle:
             if path is not None:
                 found |= {name.removesuffix(".weight"): scheme for name, scheme in load_schemes(path).items()}
         return found
+
+    def low_rank_names(self) -> list[str]:
+        """Full names of the linears that have a low-rank part beside their codes; reads headers alone."""
+        units = (*(f"block_{index:03d}" for index in range(self.n_blocks)), "outer")
+        paths = [path for unit in units if (path := self._changes_file(unit)) is not None]
+        return [name for path in paths for name in load_low_rank_names(path)]
 
     def _changes_file(self, unit: str) -> Path | None:
         paths = [folder / f"{unit}.safetensors" for folder in reversed(self.changes)]
@@ -349,12 +356,12 @@ class ModelHandle:
         elif last in owner._parameters:
             owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
 
-    def _place_quantized(self, root: nn.Module, name: str, quantized: Any, scheme: Any) -> None:
+    def _place_quantized(self, root: nn.Module, name: str, quantized: Any, scheme: Any, low_rank: Any) -> None:
         path, _, last = name.rpartition(".")
         owner = root.get_submodule(path)
         old = owner.get_submodule(last)
         bias = getattr(old, "bias", None)
-        layer = QuantLinear(quantized, bias, scheme.activations).to(self.device)
+        layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
         owner.register_module(last, layer)
 
     # ---- running ----

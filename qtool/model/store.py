@@ -1,6 +1,7 @@
 """What compression changed, on disk: one safetensors file per block, dense tensors and quantized ones side by side.
 
-A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero`, its scheme in the header.
+A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero`, its scheme in the header;
+the low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -14,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_int32
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
+LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,6 +53,10 @@ def save_changes(path: Path, changes: Changes) -> None:
         if isinstance(value, Tensor):
             tensors[name] = value.detach().contiguous().cpu()
             continue
+        if isinstance(value, LowRank):
+            parts = {"left": value.left, "right": value.right, "scale": value.scale}
+            tensors |= {f"{name}::{part}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
+            continue
         quantized, scheme = value
         tensors[f"{name}::codes"] = quantized.packed().cpu()
         tensors[f"{name}::scale"] = quantized.scale.detach().contiguous().cpu()
@@ -71,6 +78,13 @@ def load_schemes(path: Path) -> dict[str, Scheme]:
     return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
 
 
+def load_low_rank_names(path: Path) -> list[str]:
+    """Linears of one block that have a low-rank part; reads the file's header alone."""
+    suffix = f"{LOW_RANK}::left"
+    with open_file(path) as file:
+        return [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]
+
+
 def load_changes(path: Path) -> Changes:
     """Read one block's changes; raises QtoolError where the file is broken."""
     with open_file(path) as file:
@@ -83,4 +97,6 @@ def load_changes(path: Path) -> Changes:
         scale, zero = tensors[f"{name}::scale"], tensors.get(f"{name}::zero")
         whole = codes.to(code_dtype(scheme.weights))
         changes[name] = (QuantizedTensor(whole, scale, zero, scheme.weights, facts["of_tensor"]), scheme)
+    for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
+        changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
     return changes

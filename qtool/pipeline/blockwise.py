@@ -1,4 +1,4 @@
-"""The blockwise driver: transform, quantize and prune, one decoder block in memory at a time.
+"""The blockwise driver: transform, quantize, prune and factorize, one decoder block in memory at a time.
 
 For each block:  observe its linears' inputs -> the method -> install -> go on with the changed linears -> save.
 With `true_sequential` one walk does it, linears that share an input at a time; without, one pass observes all linears as
@@ -6,6 +6,7 @@ they were and a second one carries the changed block's outputs on.
 A transform leaves the model's function alone, so blocks after it are fed from the model before the step; a quantizer or
 pruner changes it, so they are fed from the changed blocks. Methods of scope block, and those that ask for the drift, also
 see what the model before the step has in the same place: a twin that goes through the blocks beside the changing one.
+Factorize makes up for what quantization took: it sees W - W^, W of the model as it was right before the quantize steps.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,13 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRankSelection
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.memory import large_pieces_returned, return_free_memory
-from qtool.model.store import Changes, save_changes
+from qtool.model.store import LOW_RANK, Changes, save_changes
 from qtool.model.walk import Walk
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
 from qtool.options import Needs, Selection, Sequential, require_matches
@@ -34,6 +37,7 @@ from qtool.progress import Progress
 from qtool.registry import Method
 
 TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
+Change = Callable[[tuple[str, ...], LayerStats | None], None]  # names of linears that share an input, its statistics
 
 
 @dataclass
@@ -57,14 +61,20 @@ def run_blockwise(
     seed: int,
     folder: StepFolder,
     progress: Progress,
+    unquantized: ModelHandle | None = None,
 ) -> dict[str, Any]:
-    """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks."""
+    """Carry one step through all blocks, going on after those that are done; returns linears and fallbacks.
+
+    Factorize takes `unquantized`, the model as it was right before the quantize steps.
+    """
     needs = method.needed(options)
     needs_inputs = bool(needs) or method.scope == "block"
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
     changes_function = method.kind != "transform"
     head = head_to_change(model, options) if isinstance(options, Selection) else None
+    if unquantized is not None:
+        head = check_quantized(model, method, options, head)
     progress.stage(method.key, model.n_blocks + (head is not None))
 
     source = model if changes_function else before_step(model, folder)
@@ -92,13 +102,18 @@ def run_blockwise(
                     assert hidden is not None and twin is not None
                     hidden = tune_block(block, method, options, hidden, twin, seed, work)
                 else:
-                    hidden = change_block(block, method, options, needs, hidden, twin, work, is_last)
+                    before = None if unquantized is None else unquantized.block(index)
+                    groups = chosen_groups(block, options, hidden, only_quantized=before is not None)
+                    change = choose_change(block, before, method, options, work)
+                    hidden = change_block(block, groups, options, needs, hidden, twin, change, is_last)
+                    if unquantized is not None:
+                        unquantized.release(index)
                 folder.write_records(unit, {"linears": work.linears, "fallbacks": work.fallbacks})
                 save_changes(folder.unit(unit), work.changes)
             source.release(index)
         progress.advance(f"{model.blocks_name}.{index}")
     if head is not None and not folder.unit("outer").is_file():
-        change_head(model, head, method, options, needs, hidden, twin, folder)
+        change_head(model, unquantized, head, method, options, needs, hidden, twin, folder)
         progress.advance(head)
     return collect(model, folder)
 
@@ -139,13 +154,28 @@ def collect(model: ModelHandle, folder: StepFolder) -> dict[str, Any]:
     }
 
 
+def check_quantized(model: ModelHandle, method: Method, options: Selection, head: str | None) -> str | None:
+    """The head where it is quantized too; raises QtoolError where no chosen linear is."""
+    quantized = model.schemes()
+    if not any(not options.is_ignored(name) for name in quantized):
+        raise QtoolError(f"{method.key}: ignore leaves none of the {len(quantized)} quantized linears; choose fewer patterns")
+    return head if head in quantized else None
+
+
 def check_selection(model: ModelHandle, method: Method, options: Selection) -> None:
-    """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide."""
+    """Raise QtoolError before any work: a pattern that matches nothing, columns that do not divide, more rank than there is."""
     names = model.linear_names()
     require_matches(method.key, options.patterns(), names)
     head = head_to_change(model, options)
     if head is not None and method.scope == "block":
         raise QtoolError(f"{method.key} works on blocks, and {head} stands outside them; add it to ignore")
+    if isinstance(options, LowRankSelection):
+        for name in names:
+            most = min(model.linear_shape(name))
+            if options.rank > most and not options.is_ignored(name):
+                raise QtoolError(
+                    f"{method.key}: {name}: rank {options.rank} is more than its {most}; use {most} or less, or ignore it"
+                )
     if isinstance(options, SchemeSelection):
         for name in names:
             scheme = options.scheme_of(name)
@@ -197,27 +227,34 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     return after
 
 
+def choose_change(block: Block, before: Block | None, method: Method, options: Any, work: Work) -> Change:
+    """What a step does to linears: with the block as it was `before` it was quantized, make up for that."""
+    if before is None:
+        return partial(change_linears, block, method=method, options=options, work=work)
+    return partial(compensate_linears, block, before, method=method, options=options, work=work)
+
+
 def change_block(
     block: Block,
-    method: Method,
+    chosen: list[tuple[str, ...]],
     options: Any,
     needs: Needs,
     hidden: Tensor | None,
     twin: Twin | None,
-    work: Work,
+    change: Change,
     is_last: bool,
 ) -> Tensor | None:
-    """Quantize or prune the block's linears, those that share an input together; returns the block's new output."""
-    groups = {names[0]: names for names in chosen_groups(block, options, hidden)}
+    """Change the chosen linears, those that share an input together; returns the block's new output."""
+    groups = {names[0]: names for names in chosen}
     if hidden is None:
         for names in groups.values():
-            change_linears(block, names, None, method, options, work)
+            change(names, None)
         return None
     stats = {name: LayerStats(shape_of(block.get(name))[1], needs) for name in groups}
     if not (isinstance(options, Sequential) and options.true_sequential):
         block.observe(hidden, stats)
         for name, names in groups.items():
-            change_linears(block, names, stats.pop(name), method, options, work)
+            change(names, stats.pop(name))
         return None if is_last else block.forward(hidden)
     with contextlib.ExitStack() as stack:
         walk = stack.enter_context(Walk(block, hidden, list(groups)))
@@ -226,9 +263,9 @@ def change_block(
             while inputs:
                 stats[name].update(inputs.pop(), originals.pop() if originals else None)
             return_free_memory()
-            change_linears(block, groups.pop(name), stats.pop(name), method, options, work)
+            change(groups.pop(name), stats.pop(name))
         for name, names in groups.items():  # no sample came there
-            change_linears(block, names, stats.pop(name), method, options, work)
+            change(names, stats.pop(name))
         return None if is_last else walk.finish()
 
 
@@ -261,13 +298,19 @@ def tune_block(
     return block.forward(hidden)
 
 
-def chosen_groups(block: Block, options: Selection, hidden: Tensor | None) -> list[tuple[str, ...]]:
+def chosen_groups(
+    block: Block, options: Selection, hidden: Tensor | None, only_quantized: bool
+) -> list[tuple[str, ...]]:
     """The names of linears to change, those with one input together; each alone where no input is at hand."""
+    linears = block.linears()
+    chosen = {name for name in linears if not options.is_ignored(name)}
+    if only_quantized:
+        chosen = {name for name in chosen if isinstance(linears[name], QuantLinear)}
     called = [] if hidden is None else [group.linears for group in find_groups(block, hidden[:1])]
     known = {name for names in called for name in names}
-    groups = [*called, *((name,) for name in block.linears() if name not in known)]
-    chosen = [tuple(name for name in names if not options.is_ignored(name)) for names in groups]
-    return [names for names in chosen if names]
+    groups = [*called, *((name,) for name in linears if name not in known)]
+    kept = [tuple(name for name in names if name in chosen) for names in groups]
+    return [names for names in kept if names]
 
 
 def change_linears(
@@ -320,6 +363,44 @@ def change_linears(
         return_free_memory()
 
 
+def compensate_linears(
+    block: Block,
+    before: Block,
+    names: tuple[str, ...],
+    stats: LayerStats | None,
+    method: Method,
+    options: LowRankSelection,
+    work: Work,
+) -> None:
+    """Put the factors of what quantization took from linears that share an input beside their codes."""
+    for name in names:
+        layer, original = block.get(name), before.get(name)
+        assert isinstance(layer, QuantLinear), f"{name} is not quantized"
+        if isinstance(original, QuantLinear):
+            raise QtoolError(f"{method.key}: {name} was quantized before the last quantize steps began; add it to ignore")
+        begun = time.perf_counter()
+        W = weight_of(original)  # [out, in]
+        try:
+            found = method.run(W - weight_of(layer), stats, options, work.note(name))
+        except QtoolError as error:
+            raise QtoolError(f"{method.key}: {name}: {error}") from error
+        low_rank = found.stored_in(options.dtype)
+        changed = QuantLinear(layer.qt, layer.bias, layer.activations, low_rank)
+        block.put(name, changed)
+        work.changes[f"{name}{LOW_RANK}"] = low_rank
+        stored = work.changes[f"{name}.weight"]
+        assert isinstance(stored, tuple), f"{name} is quantized, so its change is one of codes"
+        work.linears.append(
+            {
+                "name": name,
+                "scheme": f"{stored[1]} + rank {low_rank.rank}",
+                "seconds": time.perf_counter() - begun,
+                **errors(W, weight_of(changed), stats),
+            }
+        )
+    return_free_memory()
+
+
 def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str, float | None]:
     """SQNR of the weights in dB, and the relative squared error of the outputs over the calibration tokens."""
     D = after.to(before.device) - before
@@ -335,6 +416,7 @@ def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str,
 
 def change_head(
     model: ModelHandle,
+    unquantized: ModelHandle | None,
     head: str,
     method: Method,
     options: Any,
@@ -347,14 +429,17 @@ def change_head(
     work = Work(model.unit_changes("outer"))
     originals = [] if twin is None else inputs_of_head(twin.model, head, twin.hidden)
     inputs = [] if hidden is None else inputs_of_head(model, head, hidden)
-    with model.outer():
-        outside = Block(model, -1, model.model, "")
-        stats = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(model.outer())
+        outside, before, stats = Block(model, -1, model.model, ""), None, None
+        if unquantized is not None:
+            stack.enter_context(unquantized.outer())
+            before = Block(unquantized, -1, unquantized.model, "")
         if hidden is not None:
             stats = LayerStats(model.linear_shape(head)[1], needs)
             for place, x in enumerate(inputs):
                 stats.update(x, originals[place] if originals else None)
-        change_linears(outside, (head,), stats, method, options, work)
+        choose_change(outside, before, method, options, work)((head,), stats)
     folder.write_records("outer", {"linears": work.linears, "fallbacks": work.fallbacks})
     save_changes(folder.unit("outer"), work.changes)
 

@@ -1,6 +1,6 @@
 """The main path: one recipe, carried out step by step, each step kept so that a killed run goes on.
 
-calibrate -> transform -> quantize / prune / distill -> evaluate -> export -> evaluate the exports' own bytes -> gates
+calibrate -> transform -> quantize / prune / factorize / distill -> evaluate -> export -> evaluate exports' own bytes -> gates
 """
 
 import contextlib
@@ -20,17 +20,15 @@ from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
-from qtool.model.store import write_text
+from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, Selection, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
-from qtool.recipe import Recipe, Step, load
+from qtool.recipe import CHANGING, Recipe, Step, load
 from qtool.report.html import write_report
 from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, versions
-
-CHANGING = ("transform", "quantize", "prune", "factorize", "distill")
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -91,6 +89,8 @@ class Run:
         self.exports: list[dict[str, Any]] = []
         self.fallbacks: list[str] = []
         self._compressed = original
+        self._unquantized = original  # as the model was before the latest quantize steps that follow one another
+        self._changed: str | None = None  # kind of the latest step that changed the model
 
     def carry_out(self, index: int, step: Step) -> None:
         """Do one step, or take up what it recorded when it was done before."""
@@ -98,6 +98,9 @@ class Run:
         result = self._recorded(step, state)
         self.folder.event("step", key=step.key, done_before=result is not None)
         if step.method.kind in CHANGING:
+            if step.method.kind == "quantize" and self._changed != "quantize":
+                self._unquantized = self._compressed
+            self._changed = step.method.kind
             self.changes = (*self.changes, state.path)
             self._compressed = ModelHandle(self.recipe.model, self.changes)
         if result is None or step.method.kind == "calibrate":
@@ -140,8 +143,9 @@ class Run:
             model, seed = self._compressed, self.recipe.seed
             return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
         if method.kind in CHANGING:
+            unquantized = self._unquantized if method.kind == "factorize" else None
             return run_blockwise(
-                self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress
+                self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress, unquantized
             )
         if method.kind == "evaluate":
             subjects = [("original", self.original)]
@@ -206,6 +210,9 @@ class Run:
 
 def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     """Export into a temporary folder, then give it its name: an interrupted export leaves nothing that looks finished."""
+    low_rank = [] if step.method.low_rank else model.low_rank_names()
+    if low_rank:
+        raise QtoolError(f"{step.key} cannot hold the low-rank factors of {low_rank[0]}; use export/safetensors")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -295,8 +302,10 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
         if value is None or isinstance(value, Tensor):
             after += size
         else:
-            after += value[0].stored_bytes
-            quantized_bytes += value[0].stored_bytes
+            low_rank = changed.get(name.removesuffix(".weight") + LOW_RANK)
+            stored = value[0].stored_bytes + (0 if low_rank is None else low_rank.stored_bytes)
+            after += stored
+            quantized_bytes += stored
             quantized_weights += value[0].codes.numel()
     return {
         "parameters": original.n_parameters(),

@@ -45,6 +45,7 @@ from qtool.recipe.tree import (
 
 Checked = TypeVar("Checked", bound=Options)
 ALWAYS_FED = ("transform", "distill")  # kinds that see text whatever statistics they need
+CHANGING = ("transform", "quantize", "prune", "factorize", "distill")  # kinds that change the model
 
 
 def _read_limit(value: object) -> float | str:
@@ -187,6 +188,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     """Every step with its method and options; what is wrong with one does not hide what is wrong with the next."""
     steps: list[Step] = []
     calibrated: str | None = None
+    changed: str | None = None  # kind of the latest step that changes the model
+    factorized: str | None = None
     for number, item in enumerate(items, 1):
         if not isinstance(item, MappingNode) or len(item.value) != 1:
             hint = f'"{item.value}: {{}}"' if isinstance(item, ScalarNode) else "one kind/method: {options}"
@@ -199,6 +202,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             problems.append((key.start_mark, str(error)))
             if key.value.startswith("calibrate/"):  # a mistyped name is one problem, not one per step after it
                 calibrated = place(key.start_mark)
+            changed = kind if (kind := key.value.split("/")[0]) in CHANGING else changed
             continue
         if method.kind == "calibrate":
             if calibrated is not None:
@@ -206,6 +210,15 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             calibrated = calibrated or place(key.start_mark)
         if method.kind == "export" and any(step.key == method.key for step in steps):
             problems.append((key.start_mark, f"{method.key} stands here a second time; both would write one folder"))
+        if method.kind == "export" and factorized is not None and not method.low_rank:
+            text = f"{method.key} cannot hold the low-rank factors of {factorized}; use export/safetensors"
+            problems.append((key.start_mark, text))
+        if method.kind == "factorize":
+            factorized = method.key
+            if changed != "quantize":
+                text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
+                problems.append((key.start_mark, text))
+        changed = method.kind if method.kind in CHANGING else changed
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)

@@ -53,6 +53,7 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
 
     def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
         nonlocal is_lossless
+        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
         is_lossless &= torch.equal(decode(layer.qt, model.dtype), layer.weight_values(model.dtype))
         stored = model.checkpoint.stored_as(name)
         n_out = layer.out_features // len(stored)

@@ -1,6 +1,7 @@
 """A dense checkpoint: quantized weights decoded, sparse ones with their zeros, for whatever loads transformers models.
 
-W^ [out, in] = decode(codes), rounded once to the model's dtype, just as the compressed model computes with them.
+W^ [out, in] = decode(codes), rounded once to the model's dtype, just as the compressed model computes with them. A low-rank
+part is added before rounding; the compressed model keeps it apart, so the sum loses some of it and is not lossless.
 Layout and names are those that transformers' save_pretrained writes; no trace of qtool is left.
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -28,7 +29,7 @@ def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> A
                 "quantize weights only (such as w8a16), or use export/compressed_tensors"
             )
     write_checkpoint(model, out)
-    return describe_folder("safetensors", out, lossless=True)
+    return describe_folder("safetensors", out, lossless=not model.low_rank_names())
 
 
-METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model")
+METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", low_rank=True)
