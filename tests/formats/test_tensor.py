@@ -5,7 +5,6 @@ import torch
 
 from qtool.errors import QtoolError
 from qtool.formats.codebook import LEVELS
-from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 
@@ -93,10 +92,3 @@ def test_columns_that_do_not_divide_are_refused_with_groups_that_do() -> None:
         to_groups(weights(), 128)
     with pytest.raises(QtoolError, match="one group per row"):
         to_groups(weights(2, 50), 32)
-
-
-def test_a_low_rank_product_has_the_shape_and_values_of_its_factors() -> None:
-    left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
-    low_rank = LowRank(left, right)
-    assert low_rank.rank == 1
-    assert low_rank.multiply().tolist() == [[3.0, 4.0, 5.0], [6.0, 8.0, 10.0]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import ActivationScheme, Scheme
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear, snap_per_token
@@ -96,5 +97,45 @@ def test_a_state_dict_carries_codes_scales_and_zero_points() -> None:
     source, target = layer("w4a16g32-asym"), layer("w4a16g32-asym")
     target.codes.zero_()
     target.scale.data.zero_()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs()), source(inputs()))
+
+
+def compensated(dtype: str, activations: ActivationScheme | None = None) -> QuantLinear:
+    """The layer with a low-rank part of rank 2, of the size of quantization's error."""
+    random = torch.Generator().manual_seed(2)
+    low_rank = LowRank(0.3 * torch.randn(6, 2, generator=random), 0.3 * torch.randn(2, 96, generator=random))
+    bare = layer("w4a16g32", activations)
+    return QuantLinear(bare.qt, bare.bias, activations, low_rank.stored_in(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_a_low_rank_part_adds_its_product_to_the_decoded_weights(dtype: str) -> None:
+    quantized = compensated(dtype)
+    assert quantized.low_rank is not None
+    W = quantized.qt.dequantize() + quantized.low_rank.multiply()
+    assert torch.equal(quantized.weight_values(torch.float32), W)
+    # Sums in another order.
+    torch.testing.assert_close(quantized(inputs()), F.linear(inputs(), W, quantized.bias), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(quantized(inputs()), layer("w4a16g32")(inputs()), atol=0.1)
+
+
+def test_a_low_rank_part_sees_the_rounded_input_that_the_codes_see() -> None:
+    scheme = ActivationScheme(bits=4)
+    assert torch.equal(compensated("bfloat16", scheme)(inputs()), compensated("bfloat16")(snap_per_token(inputs(), scheme)))
+
+
+def test_a_low_rank_part_works_in_the_dtype_of_its_input() -> None:
+    quantized = compensated("int8")
+    y = quantized.bfloat16()(inputs().bfloat16())
+    assert y.dtype == torch.bfloat16
+    expected = compensated("int8")(inputs())
+    assert float((y.float() - expected).norm() / expected.norm()) < 3 * 2**-8  # two products more than without
+
+
+def test_a_state_dict_carries_the_low_rank_part() -> None:
+    source, target = compensated("int8"), compensated("int8")
+    assert target.left is not None
+    target.left.zero_()
     target.load_state_dict(source.state_dict())
     assert torch.equal(target(inputs()), source(inputs()))
