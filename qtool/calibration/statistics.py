@@ -16,7 +16,7 @@ from qtool.options import Needs
 
 STRIP = 128  # narrowest strip of columns whose matrix product still runs at full speed
 N_STRIPS = 8  # most strips: 8 do 9/16 of the whole product's work
-CHUNK = 512  # tokens widened to float32 at once: small enough to stay in cache
+CHUNK = 512  # tokens taken in at once on a CPU: few enough to stay in its cache
 
 
 class LayerStats:
@@ -36,11 +36,12 @@ class LayerStats:
         """Take in x [..., in], and what the original model has in its place where the drift is asked for."""
         if "inputs" in self._needs:
             self._inputs.append(x.detach())
-        rows = x.detach().reshape(-1, x.shape[-1])  # [tokens, in]
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self._amax.device)  # [tokens, in]
         if self._drift is not None and (original is None or original.shape != x.shape):
             self._drift = None  # a mixture's router may send other tokens here than in the original
-        originals = rows if self._drift is None or original is None else original.detach().reshape(rows.shape)
-        for chunk, before in zip(rows.split(CHUNK), originals.split(CHUNK), strict=True):
+        originals = rows if self._drift is None or original is None else original.detach().reshape(rows.shape).to(rows.device)
+        size = CHUNK if rows.device.type == "cpu" else max(len(rows), 1)
+        for chunk, before in zip(rows.split(size), originals.split(size), strict=True):
             self._take(chunk, before)
 
     def _take(self, x: Tensor, original: Tensor) -> None:

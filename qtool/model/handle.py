@@ -99,6 +99,10 @@ class Block:
         """All samples [samples, length, hidden], batch by batch; returns a new tensor in host memory."""
         return torch.cat([self.call_from_host(batch) for batch in self.batches(hidden)])
 
+    @property
+    def device(self) -> torch.device:
+        return self._handle.device
+
     def batches(self, hidden: Tensor) -> list[Tensor]:
         """All samples [samples, length, hidden] in pieces that one forward takes."""
         return list(hidden.split(BATCH))

@@ -195,6 +195,8 @@ def head_to_change(model: ModelHandle, options: Selection) -> str | None:
     chosen = [name for name in outside if not options.is_ignored(name)]
     if not chosen:
         return None
+    if model.is_tied and isinstance(options, LowRankSelection):
+        return None  # it is never quantized
     if model.is_tied:
         raise QtoolError(f"{chosen[0]} is tied to the embedding, which stays dense; add it to ignore")
     return chosen[0]
@@ -209,7 +211,7 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     observers = {}
     if needs:
         for group in find_groups(block, hidden[:1]):
-            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs)
+            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs, block.device)
             observers[group.linears[0]] = shared
             stats |= dict.fromkeys(group.linears, shared)
     after = block.forward_observed(hidden, observers)
@@ -250,7 +252,7 @@ def change_block(
         for names in groups.values():
             change(names, None)
         return None
-    stats = {name: LayerStats(shape_of(block.get(name))[1], needs) for name in groups}
+    stats = {name: LayerStats(shape_of(block.get(name))[1], needs, block.device) for name in groups}
     if not (isinstance(options, Sequential) and options.true_sequential):
         block.observe(hidden, stats)
         for name, names in groups.items():
@@ -436,7 +438,7 @@ def change_head(
             stack.enter_context(unquantized.outer())
             before = Block(unquantized, -1, unquantized.model, "")
         if hidden is not None:
-            stats = LayerStats(model.linear_shape(head)[1], needs)
+            stats = LayerStats(model.linear_shape(head)[1], needs, model.device)
             for place, x in enumerate(inputs):
                 stats.update(x, originals[place] if originals else None)
         choose_change(outside, before, method, options, work)((head,), stats)
