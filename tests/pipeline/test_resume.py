@@ -105,6 +105,27 @@ def test_an_interrupt_after_any_advance_changes_no_bit(recipe: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "step",
+    [
+        {"quantize/gptq": {"scheme": "w4a16g32", "alpha": 0.25, "ignore": []}},
+        {"quantize/sign_round": {"scheme": "w4a16g32", "steps": 3}},
+    ],
+    ids=lambda step: next(iter(step)),
+)
+def test_methods_that_see_the_original_model_beside_go_on_with_the_same_bits(
+    step: dict[str, object], recipe: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    calibrate, _, _, export, _ = content["pipeline"]
+    recipe.write_text(yaml.safe_dump(content | {"pipeline": [calibrate, step, export]}))
+    run_recipe(load(recipe), tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load(recipe), tmp_path / "cut", Interrupted(4))  # in the third of six blocks
+    run_recipe(load(recipe), tmp_path / "cut", Silent())
+    assert exported_bytes(tmp_path / "cut") == exported_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
     ("change", "part"),
     [
         (["pipeline.transform/smoothquant.alpha=0.7"], "recipe"),
