@@ -2,7 +2,9 @@
 
     symmetric    q = clip(round(w / scale), -2^(b-1), 2^(b-1) - 1)         w^ = scale q
     asymmetric   q = clip(round(w / scale) + zero, 0, 2^b - 1)             w^ = scale (q - zero)
+    float zero   q = clip(round(w / scale + zero), 0, 2^b - 1)             w^ = scale (q - zero)
     w [..., group] floats    scale, zero [..., 1]    q [..., group] whole numbers
+A whole zero point is a code, so that 0 is a level; a float one is stored in float16 and lies between codes, as HQQ's does.
 Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range always holds 0, as GPTQ's does.
 Why scale = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies half a step beyond the last level,
 so no value is further than scale/2 from its level, and the levels use the negative half to its end.
@@ -18,7 +20,7 @@ from qtool.formats.scales import fit_scale, tensor_scale
 
 @dataclass(frozen=True)
 class Params:
-    """scale [..., 1], already rounded to the dtype it is stored in; zero [..., 1], whole, or None where symmetric."""
+    """scale and zero [..., 1], already rounded to the dtypes they are stored in; zero None where symmetric."""
 
     scale: Tensor
     zero: Tensor | None
@@ -32,6 +34,7 @@ class IntegerGrid:
     symmetric: bool
     scale_dtype: str = "bfloat16"
     of_tensor: float = 1.0  # the part of the scales that all groups of a tensor share, see scales.py
+    zero_dtype: str = "int"  # or float16
 
     @property
     def low(self) -> int:
@@ -64,13 +67,19 @@ class IntegerGrid:
             return Params(self._scale(torch.maximum(-minimum, maximum)), None)
         minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
         scale = self._scale(maximum - minimum)
-        return Params(scale, (-minimum / scale).round().clamp(0, self.high))
+        return Params(scale, self.round_zero(-minimum / scale))
+
+    def round_zero(self, zero: Tensor) -> Tensor:
+        """zero [..., 1] as it is stored: one of the codes, or the nearest float16."""
+        return zero.round().clamp(0, self.high) if self.zero_dtype == "int" else zero.to(torch.float16).float()
 
     def encode(self, w: Tensor, p: Params) -> Tensor:
         """Nearest codes of w [..., group], as float whole numbers of the same shape."""
-        q = (w / p.scale).round()
-        if p.zero is not None:
-            q = q + p.zero
+        q = w / p.scale
+        if p.zero is None:
+            q = q.round()
+        else:
+            q = q.round() + p.zero if self.zero_dtype == "int" else (q + p.zero).round()
         return q.clamp(self.low, self.high)
 
     def levels(self, q: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Schemes: how many bits weights, activations and the key/value cache get, short and long form.
 
     w4a16g128          4-bit weights in groups of 128 along `in`, activations as they are
-    w4a16g128-asym     the same with zero points
+    w4a16g128-asym     the same with zero points, which are codes; -asymf16: with zero points in float16
     w8a8               8-bit weights, one scale per output channel; 8-bit activations, one scale per token
     w4a4kv4            and a 4-bit key/value cache
     nf4g64, e2m1g128   a format of a table (see codebook.py) in groups of 64 or 128
@@ -18,12 +18,13 @@ from qtool.formats.codebook import LEVELS, CodebookGrid
 from qtool.formats.integer import IntegerGrid
 from qtool.options import Options, Selection, Shorthand, matches
 
-SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?(?P<asym>-asym)?")
+SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?(?P<asym>-asym(?:f16)?)?")
 TABLE_SHORTHAND = re.compile(r"(?P<format>\w+?)(?:g(?P<g>\d+))?")
 
 
 Format = Literal["int", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
+ZeroDtype = Literal["int", "float16"]
 Grid = IntegerGrid | CodebookGrid
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -49,6 +50,11 @@ class WeightScheme(Options):
         description="dtype scales are stored in; float8_e4m3fn goes with one float32 scale per tensor, float8_e8m0fnu holds "
         "powers of two",
     )
+    zero_dtype: ZeroDtype = Field(
+        "int",
+        description="dtype zero points are stored in; int, as codes, keeps a weight of 0 at 0; float16 does not, so that "
+        "pruned weights come back",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +71,8 @@ class WeightScheme(Options):
                 raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
             if not self.symmetric:
                 raise ValueError(f"{self.format} has no zero points; leave symmetric away")
+        if self.symmetric and self.zero_dtype != "int":
+            raise ValueError(f"{self.zero_dtype} zero points need symmetric: false; leave zero_dtype away, or say so")
         if not self.symmetric and self.scale_dtype.startswith("float8"):
             raise ValueError(f"zero points do not go with {self.scale_dtype} scales; use bfloat16, float16 or float32")
         return self
@@ -72,15 +80,20 @@ class WeightScheme(Options):
     @property
     def grid(self) -> Grid:
         if self.format == "int":
-            return IntegerGrid(self.bits, self.symmetric, self.scale_dtype)
+            return IntegerGrid(self.bits, self.symmetric, self.scale_dtype, zero_dtype=self.zero_dtype)
         return CodebookGrid(self.format, self.scale_dtype)
+
+    @property
+    def ending(self) -> str:
+        """What the shorthand ends in: how zero points are stored."""
+        return "" if self.symmetric else "-asym" if self.zero_dtype == "int" else "-asymf16"
 
     def __str__(self) -> str:
         for name, fields in PRESETS.items():
             if self == WeightScheme.model_validate(fields):
                 return name
         group = "" if self.group is None else f"g{self.group}"
-        return f"{self.format}{group}" if self.format != "int" else f"w{self.bits}{group}{'' if self.symmetric else '-asym'}"
+        return f"{self.format}{group}" if self.format != "int" else f"w{self.bits}{group}{self.ending}"
 
 
 class ActivationScheme(Options):
@@ -114,7 +127,7 @@ class Scheme(Shorthand):
         activations = 16 if self.activations is None else self.activations.bits
         kv = "" if self.kv is None else f"kv{self.kv.bits}"
         group = "" if self.weights.group is None else f"g{self.weights.group}"
-        return f"w{self.weights.bits}a{activations}{kv}{group}{'' if self.weights.symmetric else '-asym'}"
+        return f"w{self.weights.bits}a{activations}{kv}{group}{self.weights.ending}"
 
 
 class SchemeSelection(Selection):
@@ -143,11 +156,13 @@ def parse_shorthand(text: str) -> dict[str, object]:
     match = SHORTHAND.fullmatch(text)
     if match is None:
         raise ValueError(
-            f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym], such as w4a16g128, a table with its '
+            f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]], such as w4a16g128, a table with its '
             f"group, such as nf4g64 ({', '.join(LEVELS)}), or one of {', '.join(PRESETS)}"
         )
     bits = {name: int(value) for name, value in match.groupdict().items() if value and name != "asym"}
-    long: dict[str, object] = {"weights": {"bits": bits["w"], "group": bits.get("g"), "symmetric": not match["asym"]}}
+    zero_dtype = "float16" if match["asym"] == "-asymf16" else "int"
+    weights = {"bits": bits["w"], "group": bits.get("g"), "symmetric": not match["asym"], "zero_dtype": zero_dtype}
+    long: dict[str, object] = {"weights": weights}
     if bits.get("a", 16) < 16:
         long["activations"] = {"bits": bits["a"]}
     if bits.get("kv", 16) < 16:

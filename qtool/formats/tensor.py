@@ -1,6 +1,6 @@
 """QuantizedTensor: the one currency for weights, from method to layer to exporter.
 
-codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8 or None
+codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8, float16 or None
 w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group;  for formats of a table scale[o, g] level[codes[o, i]]
 Where scales are stored in float8_e4m3fn, of_tensor multiplies all of them.
 """
@@ -47,12 +47,18 @@ class QuantizedTensor:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of packed codes, scales, packed zero points and the tensor's own scale."""
+        """Bytes of packed codes, scales, zero points (packed where they are codes) and the tensor's own scale."""
         rows, columns = self.shape
         words = rows * n_words(columns, self.scheme.bits)
-        zeros = 0 if self.zero is None else n_words(rows, self.scheme.bits) * self.zero.shape[1]
         scales = self.scale.numel() * SCALE_DTYPES[self.scheme.scale_dtype].itemsize
-        return 4 * (words + zeros + (self.scheme.scale_dtype == "float8_e4m3fn")) + scales
+        return 4 * (words + (self.scheme.scale_dtype == "float8_e4m3fn")) + scales + self._bytes_of_zeros()
+
+    def _bytes_of_zeros(self) -> int:
+        if self.zero is None:
+            return 0
+        if self.scheme.zero_dtype != "int":
+            return self.zero.numel() * self.zero.itemsize
+        return 4 * n_words(self.shape[0], self.scheme.bits) * self.zero.shape[1]
 
     @property
     def bits_per_weight(self) -> float:
@@ -86,7 +92,7 @@ def quantize(w: Tensor, scheme: WeightScheme, params: Params | None = None) -> Q
 
 def assemble(codes: Tensor, params: Params, scheme: WeightScheme, grid: Grid) -> QuantizedTensor:
     """A QuantizedTensor of float codes [out, in] and params [out, groups, 1], both of this grid."""
-    zero = None if params.zero is None else params.zero.squeeze(-1).to(torch.uint8)
+    zero = None if params.zero is None else params.zero.squeeze(-1).to(zero_dtype(scheme))
     scale = store_scale(params.scale.squeeze(-1), scheme.scale_dtype, grid.of_tensor)
     return QuantizedTensor(codes.to(code_dtype(scheme)), scale, zero, scheme, grid.of_tensor)
 
@@ -94,3 +100,8 @@ def assemble(codes: Tensor, params: Params, scheme: WeightScheme, grid: Grid) ->
 def code_dtype(scheme: WeightScheme) -> torch.dtype:
     """What codes are kept in while they are not packed."""
     return torch.int8 if scheme.grid.low < 0 else torch.uint8
+
+
+def zero_dtype(scheme: WeightScheme) -> torch.dtype:
+    """What zero points are kept in while they are not packed."""
+    return torch.uint8 if scheme.zero_dtype == "int" else torch.float16

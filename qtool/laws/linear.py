@@ -14,7 +14,7 @@ from qtool.options import Options
 from qtool.registry import Method
 
 OUT, IN, TOKENS = 24, 96, 400  # `in` is no power of two
-SCHEMES = ("w4a16g32", "w3a16g32-asym", "w8a16", "w2a16g96")
+SCHEMES = ("w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16", "w2a16g96")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def codes_in_range(method: Method) -> None:
         assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {shape}"
         assert bool((tensor.scale > 0).all()), f"{scheme}: a scale is not positive"
         assert (tensor.zero is None) == tensor.scheme.symmetric, f"{scheme}: zero points contradict `symmetric`"
-        assert tensor.zero is None or int(tensor.zero.max()) <= grid.high, f"{scheme}: zero points out of range"
+        if tensor.zero is not None and tensor.scheme.zero_dtype == "int":
+            assert int(tensor.zero.max()) <= grid.high, f"{scheme}: zero points out of range"
+        assert tensor.zero is None or bool(torch.isfinite(tensor.zero).all()), f"{scheme}: a zero point is not finite"
 
 
 def packing_is_lossless(method: Method) -> None:

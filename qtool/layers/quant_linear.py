@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import ActivationScheme
-from qtool.formats.tensor import QuantizedTensor, to_groups
+from qtool.formats.tensor import QuantizedTensor, to_groups, zero_dtype
 
 
 def snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -52,7 +52,8 @@ class QuantLinear(nn.Module):
 
     @property
     def qt(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scale.detach(), self.zero, self.scheme, self.of_tensor)
+        zero = None if self.zero is None else self.zero.to(zero_dtype(self.scheme))  # training widens float zero points
+        return QuantizedTensor(self.codes, self.scale.detach(), zero, self.scheme, self.of_tensor)
 
     @property
     def low_rank(self) -> LowRank | None:

@@ -21,8 +21,9 @@ def smaller(path: Path) -> list[str]:
             found.append(f"pipeline.{number}={{source: demo:{split}, samples: 2, length: 32}}")
         elif step.key == "evaluate/lm_eval":
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
-        elif "steps" in type(step.options).model_fields:
-            found += [f"pipeline.{number}.steps=1", f"pipeline.{number}.batch=2"]
+        else:
+            fewer = {"steps": 1, "batch": 2}
+            found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if name in type(step.options).model_fields]
     return found
 
 

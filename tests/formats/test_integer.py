@@ -79,9 +79,38 @@ def test_scales_are_exact_in_the_dtype_they_are_stored_in(name: str, symmetric: 
     assert torch.equal(scale.to(SCALE_DTYPES[name]).float(), scale)
 
 
-def test_hand_worked_codes_of_both_kinds() -> None:
+FLOAT_ZEROS = [IntegerGrid(bits, False, "float32", zero_dtype="float16") for bits in (2, 3, 4, 8)]
+
+
+@pytest.mark.parametrize("grid", FLOAT_ZEROS, ids=[f"{grid.bits}" for grid in FLOAT_ZEROS])
+def test_a_float_zero_point_lies_between_codes_and_every_weight_goes_to_its_nearest_level(grid: IntegerGrid) -> None:
+    w = values()
+    params = grid.fit(w)
+    assert params.zero is not None and bool((params.zero != params.zero.round()).any())
+    assert torch.equal(params.zero.half().float(), params.zero)
+    levels = grid.decode(torch.arange(grid.high + 1).float(), params)  # [rows, codes]
+    nearest = (w.unsqueeze(-1) - levels.unsqueeze(1)).abs().amin(-1)  # [rows, group]
+    distance = (grid.snap(w, params) - w).abs()
+    # A value half way between two levels may go to either: float32 division decides in the last digits.
+    assert torch.allclose(distance, nearest, rtol=1e-4, atol=float(1e-4 * params.scale.max()))
+    # No rounding of the zero point pushes an end out, but for float16's share of it: 2^-11 of at most 2^bits.
+    assert bool((distance <= (0.501 + 2.0 ** (grid.bits - 11)) * params.scale).all())
+    assert torch.equal(grid.encode(grid.snap(w, params), params), grid.encode(w, params))
+
+
+def test_an_all_zero_group_stays_zero_under_a_float_zero_point() -> None:
+    grid = FLOAT_ZEROS[0]
+    params = grid.fit(torch.zeros(2, 8))
+    assert torch.equal(grid.snap(torch.zeros(2, 8), params), torch.zeros(2, 8))
+
+
+def test_hand_worked_codes_of_all_kinds() -> None:
     w = torch.tensor([[-1.0, 0.0, 0.4, 2.0]])
     symmetric = IntegerGrid(3, True, "float32")  # scale = 2 / 3.5
     assert symmetric.encode(w, symmetric.fit(w)).tolist() == [[-2.0, 0.0, 1.0, 3.0]]
     asymmetric = IntegerGrid(2, False, "float32")  # scale = 3 / 3, zero = 1
     assert asymmetric.encode(w, asymmetric.fit(w)).tolist() == [[0.0, 1.0, 1.0, 3.0]]
+    between = IntegerGrid(2, False, "float32", zero_dtype="float16")
+    v = torch.tensor([[-0.75, 0.0, 0.4, 2.25]])  # scale = 3 / 3, zero = 0.75: levels -0.75, 0.25, 1.25, 2.25
+    assert between.encode(v, between.fit(v)).tolist() == [[0.0, 1.0, 1.0, 3.0]]
+    assert between.snap(v, between.fit(v)).tolist() == [[-0.75, 0.25, 0.25, 2.25]]

@@ -10,6 +10,7 @@ from qtool.formats.scheme import Scheme, SchemeSelection
 SAME = {
     "w4a16g128": {"weights": {"bits": 4, "group": 128}},
     "w3a16g64-asym": {"weights": {"bits": 3, "group": 64, "symmetric": False}},
+    "w4a16g64-asymf16": {"weights": {"bits": 4, "group": 64, "symmetric": False, "zero_dtype": "float16"}},
     "w8a16": {"weights": {"bits": 8}},
     "w8a8": {"weights": {"bits": 8}, "activations": {"bits": 8}},
     "w4a4kv4": {"weights": {"bits": 4}, "activations": {"bits": 4}, "kv": {"bits": 4}},
@@ -40,7 +41,7 @@ def test_sixteen_bits_may_be_left_unsaid() -> None:
     assert Scheme.model_validate("w4g128") == Scheme.model_validate("w4a16kv16g128")
 
 
-@pytest.mark.parametrize("text", ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "W4A16"])
+@pytest.mark.parametrize("text", ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "w4-f16", "W4A16"])
 def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(ValidationError, match=r"write w<bits>a<bits>"):
         Scheme.model_validate(text)
@@ -58,6 +59,8 @@ def test_a_number_out_of_range_is_refused(text: str) -> None:
         ({"format": "nf4", "bits": 3}, "nf4 has 4 bits, not 3"),
         ({"format": "nf4", "symmetric": False}, "nf4 has no zero points"),
         ({"bits": 4, "symmetric": False, "scale_dtype": "float8_e8m0fnu"}, "zero points do not go with float8_e8m0fnu"),
+        ({"bits": 4, "zero_dtype": "float16"}, "float16 zero points need symmetric: false"),
+        ({"format": "nf4", "zero_dtype": "float16"}, "float16 zero points need symmetric: false"),
         ({"format": "nf5"}, "'int', 'nf4'"),
     ],
 )

@@ -8,7 +8,7 @@ from qtool.formats.codebook import LEVELS
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 
-INTEGERS = ["w4a16g32", "w3a16g32-asym", "w8a16", "w2a16-asym"]
+INTEGERS = ["w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16", "w2a16-asym"]
 TABLES = ["nf4g32", "fp4_bnbg16", "e3m0g32", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "e4m3"]
 SCHEMES = [*INTEGERS, *TABLES, "mxint8"]
 
@@ -25,7 +25,7 @@ def test_decoding_is_scale_times_code_minus_zero(short: str) -> None:
     decoded = tensor.dequantize()
     for row in range(6):
         for column in range(96):
-            zero = 0 if tensor.zero is None else int(tensor.zero[row, column // group])
+            zero = 0 if tensor.zero is None else float(tensor.zero[row, column // group])
             value = float(tensor.scale[row, column // group]) * (int(tensor.codes[row, column]) - zero)
             assert float(decoded[row, column]) == pytest.approx(value, rel=1e-6)  # one float32 product
 
@@ -36,6 +36,8 @@ def test_bits_per_weight_count_codes_scales_and_zero_points() -> None:
     assert symmetric.bits_per_weight == 4 + 16 / 128
     asymmetric = quantize(weights(8, 256), Scheme.model_validate("w4a16g128-asym").weights)
     assert asymmetric.bits_per_weight == 4 + (16 + 4) / 128
+    floating = quantize(weights(8, 256), Scheme.model_validate("w4a16g128-asymf16").weights)
+    assert floating.bits_per_weight == 4 + (16 + 16) / 128
 
 
 @pytest.mark.parametrize("short", TABLES)

@@ -11,7 +11,7 @@ from qtool.formats.scheme import ActivationScheme, Scheme
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear, snap_per_token
 
-SCHEMES = ["w4a16g32", "w3a16g32-asym", "w8a16"]
+SCHEMES = ["w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16"]
 
 
 def layer(short: str, activations: ActivationScheme | None = None, dtype: torch.dtype = torch.float32) -> QuantLinear:
@@ -91,6 +91,15 @@ def test_a_layer_with_an_activation_scheme_rounds_its_input_first() -> None:
     rounded, plain = layer("w8a8", scheme), layer("w8a8")
     assert torch.equal(rounded(inputs()), plain(snap_per_token(inputs(), scheme)))
     assert not torch.equal(rounded(inputs()), plain(inputs()))
+
+
+def test_float_zero_points_that_training_widened_come_back_as_they_were() -> None:
+    source = layer("w4a16g32-asymf16")
+    widened = copy.deepcopy(source).float()
+    assert widened.zero is not None and widened.zero.dtype == torch.float32
+    assert widened.qt.zero is not None and widened.qt.zero.dtype == torch.float16
+    assert source.qt.zero is not None and torch.equal(widened.qt.zero, source.qt.zero)
+    assert torch.equal(widened(inputs()), source(inputs()))
 
 
 def test_a_state_dict_carries_codes_scales_and_zero_points() -> None:

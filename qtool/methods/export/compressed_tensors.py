@@ -87,6 +87,11 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
     for name, scheme in schemes.items():
         if scheme.weights.format != "int" or scheme.weights.scale_dtype.startswith("float8"):
             raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds whole numbers; use export/safetensors")
+        if scheme.weights.zero_dtype != "int":
+            raise QtoolError(
+                f"{WHERE}: {name}: {scheme}: zero points must be codes, as in w4a16g128-asym; quantize so, or use "
+                "export/safetensors"
+            )
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
     experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]

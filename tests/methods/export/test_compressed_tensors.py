@@ -313,6 +313,7 @@ def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quant
         ("mixtral", {"experts.down.*": "w8a16", "experts.*": "w4a16g32"}, r"experts are w4a16g32, w8a16; "),
         ("mixtral", {"experts.*.0": "w4a16g32"}, r"experts are left dense, w4a16g32; "),
         ("llama", "w4a16kv8g32", r"w4a16kv8g32: a cache cannot be held; leave kv8 out"),
+        ("llama", "w4a16g32-asymf16", "w4a16g32-asymf16: zero points must be codes, as in w4a16g128-asym"),
         ("llama", {}, "no linear is quantized; put a quantize step before it"),
     ],
 )

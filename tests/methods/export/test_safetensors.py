@@ -47,10 +47,11 @@ def test_names_are_those_of_the_original_checkpoint(
     assert keys(export(quantized(folder, "w4a16g32"), tmp_path / "out")) == keys(folder)
 
 
+@pytest.mark.parametrize("scheme", ["w3a16g32-asym", "w4a16g32-asymf16"])
 def test_bfloat16_weights_are_equal_to_the_bit(
-    tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    scheme: str, tiny_model: Callable[..., Path], quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
-    model = quantized(tiny_model("llama", dtype="bfloat16"), "w3a16g32-asym")
+    model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
     assert torch.equal(reload(export(model, tmp_path / "out")), logits_of(model))
 
 
