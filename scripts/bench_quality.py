@@ -8,6 +8,10 @@ dequantized in float32. One evaluator then measures all of them in float32: mean
 with its standard error, and perplexity. Seconds are those of the quantization call, without imports and without saving
 the export; memory is the peak of the process.
 Choices (options, recipes) are made with --text demo:validation; the test split is only measured.
+
+    python scripts/bench_quality.py --ablate recipes/best-w3.yaml --text demo:validation
+
+tells what each step of a recipe that changes the model brings: the recipe's first such step alone, the first two, and so on.
 """
 
 import argparse
@@ -93,6 +97,43 @@ def measure(model: str, text: str, rows: list[dict[str, Any]], windows: int | No
                 row[f"{metric.name}_stderr"] = metric.stderr
 
 
+def ablate(path: Path, text: str, windows: int | None, work: Path) -> str:
+    """A Markdown table: KL and perplexity after each of a recipe's changing steps."""
+    from qtool import registry
+    from qtool.model.handle import ModelHandle
+    from qtool.pipeline.run import run_recipe
+    from qtool.progress import Silent
+    from qtool.recipe import CHANGING, load
+
+    recipe = load(path)
+    original = ModelHandle(recipe.model)
+    evaluators = [registry.load(f"evaluate/{name}") for name in ("kl_divergence", "perplexity")]
+    lines = ["| up to | KL (nats/token) | perplexity | bits per weight | seconds |", "|---|---|---|---|---|"]
+    kept: list[dict[str, Any]] = []
+    for step in recipe.steps:
+        if step.method.kind not in ("calibrate", *CHANGING):
+            continue
+        kept.append({step.key: step.options.model_dump(mode="json")})
+        if step.method.kind == "calibrate":
+            continue
+        folder = work / f"{path.stem}-{len(kept)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"model": recipe.model.model_dump(mode="json"), "seed": recipe.seed, "pipeline": kept}
+        (folder / "recipe.yaml").write_text(json.dumps(content))
+        results = run_recipe(load(folder / "recipe.yaml"), folder / "run", Silent(), fresh=True)
+        changes = sorted({file.parent for file in (folder / "run" / "state").glob("*/block_000.safetensors")})
+        handle = ModelHandle(recipe.model, tuple(changes))
+        cells = []
+        for evaluator in evaluators:
+            options = evaluator.options.model_validate({"source": text, "length": 512, "samples": windows})
+            metric = evaluator.run(handle, original, options, 0)[0]
+            cells.append(f"{metric.value:.5f} ± {metric.stderr:.5f}")
+        bits = f"{results['model']['bits_per_weight']:.3f}"
+        seconds = sum(stage["seconds"] for stage in results["stages"][1:])
+        lines.append(f"| {step.key} | {' | '.join(cells)} | {bits} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def make_checkpoint(source: Path, out: Path) -> Path:
     """A plain float32 checkpoint folder of a job's dequantized weights."""
     folder = out / "checkpoint"
@@ -135,11 +176,15 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=["qtool", *PEERS])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=None, help="windows of text to measure; all without it")
+    parser.add_argument("--ablate", type=Path, default=None, metavar="RECIPE", help="measure a recipe step by step instead")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--job", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job is not None:
         run_qtool(arguments.job)
+        return
+    if arguments.ablate is not None:
+        print(ablate(arguments.ablate, arguments.text, arguments.windows, arguments.work.resolve()))
         return
 
     from safetensors.torch import save_file
@@ -184,9 +229,7 @@ def main() -> None:
                     "method": method,
                 }
                 # in the work folder, because some tools leave logs where they run
-                done = subprocess.run(
-                    command, capture_output=True, text=True, env=os.environ | threads, check=False, cwd=work
-                )
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False, cwd=work)
                 if done.returncode:
                     row |= {
                         "tool": tool,
