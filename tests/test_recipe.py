@@ -169,6 +169,35 @@ def test_an_export_named_twice_is_a_problem() -> None:
     ]
 
 
+@pytest.mark.parametrize("before", ["", "  - prune/wanda: {}\n", "  - quantize/rtn: {scheme: w4a16}\n  - distill/logits: {}\n"])
+def test_factorize_is_refused_where_nothing_was_quantized_right_before(before: str) -> None:
+    text = "model: demo\npipeline:\n  - calibrate/text: {source: demo:calibration}\n" + before + "  - factorize/lorc: {}\n"
+    message = "factorize/lorc makes up for what quantization took; put it right after a quantize step"
+    assert problems(text) == [f"r.yaml:{text.count(chr(10))}: {message}"]
+
+
+@pytest.mark.parametrize("step", ["quantize/gptq: {scheme: w4}", "quantize/gptk: {}"])
+def test_a_broken_quantize_step_is_one_problem_not_one_more_for_factorize(step: str) -> None:
+    text = f"model: demo\npipeline:\n  - calibrate/text: {{source: demo:calibration}}\n  - {step}\n  - factorize/lorc: {{}}\n"
+    assert [problem[:8] for problem in problems(text.replace("w4}", "w99}"))] == ["r.yaml:4"]
+
+
+def test_factorize_may_follow_several_quantize_steps_and_measurements() -> None:
+    quantize = "  - quantize/rtn: {scheme: w8a16, ignore: [mlp.*]}\n  - quantize/rtn: {scheme: w4a16, ignore: [attn.*]}\n"
+    rest = EVALUATION + "  - factorize/lorc: {weighting: plain}\n  - export/safetensors: {}\n"
+    assert len(parse("model: demo\npipeline:\n" + quantize + rest, "r.yaml").steps) == 5
+
+
+def test_an_export_that_cannot_hold_low_rank_factors_is_refused_after_factorize() -> None:
+    steps = "  - quantize/rtn: {scheme: w8a16}\n{}  - factorize/lorc: {weighting: plain}\n{}"
+    export = "  - export/compressed_tensors: {}\n"
+    after = problems("model: demo\npipeline:\n" + steps.replace("{}", "", 1).replace("{}", export))
+    assert after == [
+        "r.yaml:5: export/compressed_tensors cannot hold the low-rank factors of factorize/lorc; use export/safetensors"
+    ]
+    assert parse("model: demo\npipeline:\n" + steps.replace("{}", export, 1).replace("{}", ""), "r.yaml").steps
+
+
 # ---- values ----
 
 

@@ -17,8 +17,9 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LowRankSelection(Selection):
-    """Options of a method that makes two thin factors for each linear."""
+    """Options of a method that makes two thin factors for each quantized linear."""
 
+    ignore: tuple[str, ...] = Field((), description="name patterns of quantized linears to leave as they are")
     rank: int = Field(8, ge=1, description="inner size of the factors; LoRC's paper finds 4 to 16 enough")
     dtype: Literal["bfloat16", "float16", "int8"] = Field("bfloat16", description="what the factors are stored in")
 

@@ -1,11 +1,13 @@
 """LoRC: two thin matrices, run beside a quantized linear, that give back most of what quantization took from it.
 
     Minimize tr((E - A B) M (E - A B)ᵀ),  E = W - W^,  A [out, rank],  B [rank, in];  the layer computes  W^ x + A (B x)
-    U S Vᵀ = E M^½,  U_r the first `rank` columns of U:    A = U_r s^½,    B = s^-½ U_rᵀ E,    s = norms of the rows of U_rᵀ E
+    A = U_r s^½,  B = s^-½ U_rᵀ E,  U_r the `rank` leading eigenvectors of E M Eᵀ,  s = norms of the rows of U_rᵀ E
     M [in, in]    plain: I    activation: diag(mean x²)    hessian: mean of x xᵀ    W, W^, E [out, in]
-With M = I the rows of U_rᵀ E are S_r V_rᵀ and s = S_r, so this is the truncated SVD, its singular values shared in halves.
+With M = I the columns of U_r are E's left singular vectors and s its singular values, so this is the paper's truncated SVD,
+each value shared in halves. In general they are those of E M^½, whose best approximation U_r U_rᵀ E M^½ needs no M^-½.
 Source: Yao et al. 2023, arXiv:2303.08302 (ZeroQuant-V2), section 5; weighting: Zhang et al. 2024, arXiv:2410.06040 (QERA).
-Why U_rᵀ E and not (S_r V_rᵀ) M^-½, which equals it: an input channel that calibration never saw has no inverse.
+Why eigenvectors and not an SVD of E M^½: M may be singular, and neither its root nor its inverse is formed. With E = Q R
+they are Q times those of R M Rᵀ, which is never larger than the smaller side of E.
 """
 
 from collections.abc import Callable
@@ -36,27 +38,24 @@ def lorc(E: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callab
     """Factors of E [out, in] float32; raises QtoolError where E has not so many ranks."""
     if options.rank > min(E.shape):
         raise QtoolError(f"rank {options.rank} is more than a matrix of {tuple(E.shape)} has; use {min(E.shape)} or less")
-    weighted = weigh(E, stats, options, note)  # [out, in]
-    U = torch.linalg.svd(weighted, full_matrices=False).U[:, : options.rank]  # [out, rank]
+    Q, R = torch.linalg.qr(E)  # [out, least], [least, in], least = min(out, in)
+    G = weigh(R, stats, options, note) @ R.T  # [least, least]
+    U = Q @ torch.linalg.eigh(G).eigenvectors.flip(1)[:, : options.rank]  # [out, rank], strongest first
     B = U.T @ E  # [rank, in]
     half = B.norm(dim=1, keepdim=True).sqrt()  # [rank, 1]
     return LowRank(U * half.T, B / half.clamp_min(torch.finfo(half.dtype).tiny))
 
 
-def weigh(E: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callable[[str], None]) -> Tensor:
-    """E M^½ [out, in]."""
+def weigh(R: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callable[[str], None]) -> Tensor:
+    """R M, of the shape of R [least, in]."""
     if options.weighting == "plain":
-        return E
+        return R
     assert stats is not None, "a weighting by inputs runs on statistics"
     if stats.n_tokens == 0:
         note("no calibration token reached it; its error is made least without weighting")
-        return E
+        return R
     H = stats.hessian()  # [in, in]
-    if options.weighting == "activation":
-        return E * H.diagonal().sqrt()
-    powers, directions = torch.linalg.eigh(H)  # [in], [in, in]
-    weighted: Tensor = E @ directions * powers.clamp_min(0).sqrt()
-    return weighted
+    return R * H.diagonal() if options.weighting == "activation" else R @ H
 
 
 def needs(options: LorcOptions) -> Needs:
