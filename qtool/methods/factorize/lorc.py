@@ -1,4 +1,4 @@
-"""LoRC: two thin matrices, run beside a quantized linear, that give back most of what quantization took from it.
+"""LoRC: two thin matrices, run beside a quantized linear, that give back part of what quantization took from it.
 
     Minimize tr((E - A B) M (E - A B)ᵀ),  E = W - W^,  A [out, rank],  B [rank, in];  the layer computes  W^ x + A (B x)
     A = U_r s^½,  B = s^-½ U_rᵀ E,  U_r the `rank` leading eigenvectors of E M Eᵀ,  s = norms of the rows of U_rᵀ E
@@ -35,11 +35,13 @@ class LorcOptions(LowRankSelection, Sequential):
 
 
 def lorc(E: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callable[[str], None]) -> LowRank:
-    """Factors of E [out, in] float32; raises QtoolError where E has not so many ranks."""
+    """Factors of E [out, in] float32; raises QtoolError where E has not so many ranks, or something is not finite."""
     if options.rank > min(E.shape):
         raise QtoolError(f"rank {options.rank} is more than a matrix of {tuple(E.shape)} has; use {min(E.shape)} or less")
     Q, R = torch.linalg.qr(E)  # [out, least], [least, in], least = min(out, in)
     G = weigh(R, stats, options, note) @ R.T  # [least, least]
+    if not torch.isfinite(G).all():
+        raise QtoolError("weights or inputs hold NaN or infinity; check the model's weights and load it with dtype: float32")
     U = Q @ torch.linalg.eigh(G).eigenvectors.flip(1)[:, : options.rank]  # [out, rank], strongest first
     B = U.T @ E  # [rank, in]
     half = B.norm(dim=1, keepdim=True).sqrt()  # [rank, 1]

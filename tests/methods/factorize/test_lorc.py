@@ -119,6 +119,16 @@ def test_more_rank_than_there_is_is_refused() -> None:
         run(E, x, rank=7)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(broken: float) -> None:
+    E, x = problem()
+    with pytest.raises(QtoolError, match="NaN or infinity"):
+        run(E, x.masked_fill(torch.arange(10) == 2, broken), rank=2)
+    E[1, 2] = broken
+    with pytest.raises(QtoolError, match="NaN or infinity"):
+        run(E, x, rank=2, weighting="plain")
+
+
 @pytest.mark.parametrize("weighting", ["activation", "hessian"])
 def test_without_a_token_it_is_plain_and_says_so(weighting: str) -> None:
     E, x = problem()
