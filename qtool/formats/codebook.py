@@ -91,6 +91,12 @@ class CodebookGrid:
         borders, codes = _table(self.format, w.device)
         return codes[torch.bucketize(w / p.scale, borders)]
 
+    def neighbours(self, w: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Codes next below (or at) and next above w [..., group], as float whole numbers; beyond the ends the end's, twice."""
+        codes = _table(self.format, w.device)[1]  # by rising level
+        above = torch.bucketize(w / p.scale, self.levels(codes), right=True)
+        return codes[(above - 1).clamp(min=0)], codes[above.clamp(max=len(codes) - 1)]
+
     def levels(self, q: Tensor) -> Tensor:
         """The table's values of codes q [..., group], before any scale, float32."""
         return _values(self.format, q.device)[q.int()]

@@ -82,6 +82,11 @@ class IntegerGrid:
             q = q.round() + p.zero if self.zero_dtype == "int" else (q + p.zero).round()
         return q.clamp(self.low, self.high)
 
+    def neighbours(self, w: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Codes next below (or at) and next above w [..., group], float whole numbers; beyond the ends the end's, twice."""
+        below = (w / p.scale if p.zero is None else w / p.scale + p.zero).floor()
+        return below.clamp(self.low, self.high), (below + 1).clamp(self.low, self.high)
+
     def levels(self, q: Tensor) -> Tensor:
         """Values of codes q [..., group] before any zero point and scale, float32."""
         return q.float()

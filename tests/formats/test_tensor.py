@@ -94,3 +94,23 @@ def test_columns_that_do_not_divide_are_refused_with_groups_that_do() -> None:
         to_groups(weights(), 128)
     with pytest.raises(QtoolError, match="one group per row"):
         to_groups(weights(2, 50), 32)
+
+
+@pytest.mark.parametrize("short", SCHEMES)
+def test_the_neighbours_of_a_weight_are_the_levels_just_below_and_just_above_it(short: str) -> None:
+    tensor = quantize(weights(), Scheme.model_validate(short).weights)
+    grid, params = tensor.scheme.grid, tensor.params()
+    w = 1.3 * to_groups(weights(), tensor.scheme.group)  # [out, groups, group], some beyond the ends
+    w[0, 0, 0] = 0.0
+    below, above = grid.neighbours(w, params)
+    every = grid.decode(torch.arange(grid.low, grid.high + 1).float().view(1, 1, -1), params)  # [out, groups, codes]
+    levels = every.sort(-1).values.unsqueeze(-2)  # [out, groups, 1, codes]
+    least, most = levels[..., 0], levels[..., -1]  # [out, groups, 1]
+    expected_below = torch.where(levels <= w.unsqueeze(-1), levels, -torch.inf).amax(-1).maximum(least)
+    expected_above = torch.where(levels > w.unsqueeze(-1), levels, torch.inf).amin(-1).minimum(most)
+    found_below, found_above = grid.decode(below, params), grid.decode(above, params)
+    inside = (w >= least) & (w < most)
+    assert torch.equal(found_below[inside], expected_below[inside]) and torch.equal(found_above[inside], expected_above[inside])
+    assert torch.equal(found_below[w < least], least.expand_as(w)[w < least]) and bool((w < least).any())
+    assert torch.equal(found_above[w < least], found_below[w < least])
+    assert torch.equal(found_below[w >= most], most.expand_as(w)[w >= most])
