@@ -202,7 +202,9 @@ def main() -> None:
     save_file({"tokens": tokens}, work / "tokens.safetensors")
 
     rows: list[dict[str, Any]] = [{"scheme": "bf16", "method": "", "tool": "original", "out": None}]
+    # Large pages as the command line sets them, for every tool.
     threads = {"OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    threads |= {"THP_MEM_ALLOC_ENABLE": "1"}
     for bits in arguments.bits:
         for method in arguments.methods:
             for tool in arguments.tools:

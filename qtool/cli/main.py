@@ -33,7 +33,12 @@ VERBS: dict[str, Callable[..., None]] = {
     "init": init,
     "doctor": doctor,
 }
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch takes large tensors in pages of 2 MiB, with half the page faults
+}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=qtool.__doc__)
 
@@ -65,7 +70,7 @@ def prepare(
     ] = False,
 ) -> None:
     """Libraries stay quiet: qtool shows its own progress."""
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 

@@ -92,15 +92,11 @@ def test_more_tokens_than_are_widened_at_once_count_alike(monkeypatch: pytest.Mo
     assert torch.allclose(pieces.hessian(), at_once.hessian(), rtol=1e-5) and torch.equal(pieces.amax(), at_once.amax())
 
 
-def test_products_in_bfloat16_stay_far_below_the_error_of_drawing_other_text() -> None:
+def test_few_inputs_of_low_precision_leave_the_hessian_positive_semidefinite() -> None:
     random = torch.Generator().manual_seed(0)
-    mix = torch.randn(200, 200, generator=random) * torch.rand(200, generator=random) ** 2
-    x = (torch.randn(4, 2048, 200, generator=random) @ mix).bfloat16()
-    stats = LayerStats(200, ("hessian",))
+    x = (torch.randn(1, 100, 300, generator=random) * torch.rand(300, generator=random) ** 4).bfloat16()  # rank 100 of 300
+    stats = LayerStats(300, ("hessian",))
     stats.update(x)
-    wide = x.view(-1, 200).double()
-    exact = wide.T @ wide / len(wide)
-    spread = exact.diagonal().sqrt()
-    error = (stats.hessian() - exact) / (spread[:, None] * spread)
-    # 16 products, each rounded to 8 bits: 2^-9 / sqrt(12) / sqrt(16) of the entry; sampling 8192 tokens costs 1e-2.
-    assert float(error.square().mean().sqrt()) < 2e-4
+    H = stats.hessian().double()
+    # Float32 rounding; sums rounded to bfloat16 would leave -1e-3 of the mean.
+    assert float(torch.linalg.eigvalsh(H).min()) > -1e-5 * float(H.diagonal().mean())
