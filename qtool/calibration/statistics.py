@@ -48,19 +48,17 @@ class LayerStats:
         self.n_tokens += len(x)
         if len(x) == 0:
             return
-        share = len(x) / self.n_tokens
+        share, wide = len(x) / self.n_tokens, x.float()
         if "amax" in self._needs:
-            self._amax = torch.maximum(self._amax, x.abs().amax(0).float())
+            self._amax = torch.maximum(self._amax, wide.abs().amax(0))
         if "mean_abs" in self._needs:
-            self._sum_abs += x.abs().sum(0, dtype=torch.float32)
+            self._sum_abs += wide.abs().sum(0)
         if self._mean_square is not None:  # a running mean, so that reading it copies nothing
             self._is_whole = False
-            wide = x.float()
             for start, stop in self._strips():
                 lower = self._mean_square[start:, start:stop]
                 lower.addmm_(wide[:, start:].T, wide[:, start:stop], beta=1 - share, alpha=share / len(x))
         if self._drift is not None:
-            wide = x.float()
             self._drift.addmm_((original.float() - wide).T, wide, beta=1 - share, alpha=share / len(x))  # [in, in]
 
     def _strips(self) -> list[tuple[int, int]]:

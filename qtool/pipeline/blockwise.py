@@ -25,7 +25,7 @@ from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRankSelection
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.layers.quant_linear import QuantLinear
-from qtool.model.handle import Block, ModelHandle
+from qtool.model.handle import BATCH, Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.memory import large_pieces_returned, return_free_memory
 from qtool.model.store import LOW_RANK, Changes, save_changes
@@ -451,7 +451,7 @@ def inputs_of_head(model: ModelHandle, head: str, hidden: Tensor) -> list[Tensor
     found: list[Tensor] = []
     with model.outer():
         hook = model.model.get_submodule(head).register_forward_pre_hook(lambda module, args: found.append(args[0].cpu()))
-        for batch in hidden.split(8):
+        for batch in hidden.split(BATCH):
             model.logits(batch)
         hook.remove()
     return found

@@ -17,7 +17,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.options import ModelOptions
 from qtool.pipeline.run import describe_model, export_run, finished_run, run_recipe
-from qtool.progress import Silent
+from qtool.progress import Progress, Silent
 from qtool.recipe import load
 
 CALIBRATION = {"calibrate/text": {"source": "demo:calibration", "samples": 6, "length": 32}}
@@ -137,26 +137,16 @@ def test_the_head_and_transposed_weights_and_experts_are_made_up_for(
                 low_rank_of(models[-1].model.get_submodule("lm_head"))
 
 
-class Interrupted(Silent):
-    """Interrupts the run the n-th time that something is done, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, detail: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("after", [6, 8, 9, 10])
-def test_a_run_cut_in_its_factorize_step_ends_with_the_same_bits(after: int, tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_a_run_cut_in_its_factorize_step_ends_with_the_same_bits(
+    after: int, tiny_model: TinyModel, tmp_path: Path, interrupted: Callable[[int], Progress]
+) -> None:
     steps = [SMOOTH, {"quantize/rtn": {"scheme": "w3a16g32", "ignore": []}}, {"factorize/lorc": {"rank": 4, "dtype": "int8"}}]
     model = tiny_model("llama", dtype="bfloat16")
     recipe = load(write_recipe(tmp_path / "recipe.yaml", model, *steps, {"export/safetensors": None}))
     whole = run_recipe(recipe, tmp_path / "whole", Silent())
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "cut", Interrupted(after))
+        run_recipe(recipe, tmp_path / "cut", interrupted(after))
     done = sorted(path.name for path in (tmp_path / "cut" / "state" / "03-factorize-lorc").glob("*.safetensors"))
     assert len(done) == {6: 0, 8: 2, 9: 3, 10: 3}[after]  # calibration 1, smoothing 2, rounding 3, then 3 of its own
     again = run_recipe(recipe, tmp_path / "cut", Silent())

@@ -16,7 +16,7 @@ import yaml
 
 from qtool.errors import QtoolError
 from qtool.pipeline.run import run_recipe
-from qtool.progress import Silent
+from qtool.progress import Progress, Silent
 from qtool.recipe import load
 
 N_BLOCKS = 6
@@ -83,23 +83,13 @@ def test_ctrl_c_exits_130_and_leaves_a_run_that_can_go_on(recipe: Path, tmp_path
     assert results["status"] == "done"
 
 
-class Interrupted(Silent):
-    """Interrupts the run the n-th time that something is done, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, detail: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("after", [2, 6, 9, 12, 14])
-def test_an_interrupt_after_any_advance_changes_no_bit(recipe: Path, tmp_path: Path, after: int) -> None:
+def test_an_interrupt_after_any_advance_changes_no_bit(
+    recipe: Path, tmp_path: Path, after: int, interrupted: Callable[[int], Progress]
+) -> None:
     run_recipe(load(recipe), tmp_path / "whole", Silent())
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(load(recipe), tmp_path / "cut", Interrupted(after))
+        run_recipe(load(recipe), tmp_path / "cut", interrupted(after))
     run_recipe(load(recipe), tmp_path / "cut", Silent())
     assert exported_bytes(tmp_path / "cut") == exported_bytes(tmp_path / "whole")
 
@@ -113,14 +103,14 @@ def test_an_interrupt_after_any_advance_changes_no_bit(recipe: Path, tmp_path: P
     ids=lambda step: next(iter(step)),
 )
 def test_methods_that_see_the_original_model_beside_go_on_with_the_same_bits(
-    step: dict[str, object], recipe: Path, tmp_path: Path
+    step: dict[str, object], recipe: Path, tmp_path: Path, interrupted: Callable[[int], Progress]
 ) -> None:
     content = yaml.safe_load(recipe.read_text())
     calibrate, _, _, export, _ = content["pipeline"]
     recipe.write_text(yaml.safe_dump(content | {"pipeline": [calibrate, step, export]}))
     run_recipe(load(recipe), tmp_path / "whole", Silent())
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(load(recipe), tmp_path / "cut", Interrupted(4))  # in the third of six blocks
+        run_recipe(load(recipe), tmp_path / "cut", interrupted(4))  # in the third of six blocks
     run_recipe(load(recipe), tmp_path / "cut", Silent())
     assert exported_bytes(tmp_path / "cut") == exported_bytes(tmp_path / "whole")
 
