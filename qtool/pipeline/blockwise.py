@@ -10,46 +10,25 @@ Factorize makes up for what quantization took: it sees W - W^, W of the model as
 """
 
 import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRankSelection
-from qtool.formats.scheme import Scheme, SchemeSelection
-from qtool.layers.quant_linear import QuantLinear
+from qtool.formats.scheme import SchemeSelection
 from qtool.model.handle import BATCH, Block, ModelHandle
-from qtool.model.linear import shape_of, weight_of
-from qtool.model.memory import large_pieces_returned, return_free_memory
-from qtool.model.store import LOW_RANK, Changes, save_changes
-from qtool.model.walk import Walk
-from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings, oriented
-from qtool.options import Needs, Selection, Sequential, require_matches
+from qtool.model.memory import large_pieces_returned
+from qtool.model.store import save_changes
+from qtool.options import Needs, Selection, require_matches
+from qtool.pipeline.block_scope import transform_block, tune_block
 from qtool.pipeline.folder import StepFolder
+from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
+from qtool.pipeline.twin import Twin
+from qtool.pipeline.work import Work
 from qtool.progress import Progress
 from qtool.registry import Method
-
-TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
-Change = Callable[[tuple[str, ...], LayerStats | None], None]  # names of linears that share an input, its statistics
-
-
-@dataclass
-class Work:
-    """What one unit (a block, or what stands outside the blocks) has come to."""
-
-    changes: Changes
-    linears: list[dict[str, Any]] = field(default_factory=list)
-    fallbacks: list[str] = field(default_factory=list)
-
-    def note(self, where: str) -> Callable[[str], None]:
-        return lambda text: self.fallbacks.append(f"{where}: {text}")
 
 
 @large_pieces_returned()
@@ -118,27 +97,6 @@ def run_blockwise(
     return collect(model, folder)
 
 
-class Twin:
-    """The model as it was before the step, with what its next block is fed."""
-
-    def __init__(self, model: ModelHandle, tokens: Tensor) -> None:
-        self.model = model
-        self.hidden = model.embed(tokens)
-
-    def forward(self, index: int) -> Tensor:
-        """Go through block `index`; returns its output [samples, length, hidden]."""
-        self.hidden = self.model.block(index).forward(self.hidden)
-        self.model.release(index)
-        return self.hidden
-
-    @contextlib.contextmanager
-    def walk(self, index: int, stops: list[str]) -> Iterator[Walk]:
-        """A walk through block `index`, which takes `hidden` along."""
-        with Walk(self.model.block(index), self.hidden, stops) as walk:
-            yield walk
-        self.model.release(index)
-
-
 def before_step(model: ModelHandle, folder: StepFolder) -> ModelHandle:
     """The model as it was before this step."""
     return ModelHandle(model.options, tuple(path for path in model.changes if path != folder.path))
@@ -200,220 +158,6 @@ def head_to_change(model: ModelHandle, options: Selection) -> str | None:
     if model.is_tied:
         raise QtoolError(f"{chosen[0]} is tied to the embedding, which stays dense; add it to ignore")
     return chosen[0]
-
-
-# ---- one block ----
-
-
-def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> Tensor:
-    """Apply a transform's edits after checking that the block still computes the same; returns its output before them."""
-    stats: dict[str, LayerStats] = {}
-    observers = {}
-    if needs:
-        for group in find_groups(block, hidden[:1]):
-            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs, block.device)
-            observers[group.linears[0]] = shared
-            stats |= dict.fromkeys(group.linears, shared)
-    after = block.forward_observed(hidden, observers)
-    scalings = [s for s in find_scalings(block, hidden[:1]) if not needs or s.consumers[0] in stats]
-    edits = method.run(block, scalings, stats, options, work.note(method.key))
-    change = change_of_output(block, hidden[:1], edits)
-    if not change <= TRANSFORM_TOLERANCE:
-        raise QtoolError(
-            f"{method.key}: {block.name}: the block's float32 output would change by {change:.1e}, more than "
-            f"{TRANSFORM_TOLERANCE:.0e}; nothing was applied. The scales may be too extreme for this model: use a milder option"
-        )
-    apply_edits(block.module, block.name, edits)
-    for name in edits:
-        work.changes[name] = block.module.get_parameter(name.removeprefix(f"{block.name}.")).data
-    return after
-
-
-def choose_change(block: Block, before: Block | None, method: Method, options: Any, work: Work) -> Change:
-    """What a step does to linears: with the block as it was `before` it was quantized, make up for that."""
-    if before is None:
-        return partial(change_linears, block, method=method, options=options, work=work)
-    return partial(compensate_linears, block, before, method=method, options=options, work=work)
-
-
-def change_block(
-    block: Block,
-    chosen: list[tuple[str, ...]],
-    options: Any,
-    needs: Needs,
-    hidden: Tensor | None,
-    twin: Twin | None,
-    change: Change,
-    is_last: bool,
-) -> Tensor | None:
-    """Change the chosen linears, those that share an input together; returns the block's new output."""
-    groups = {names[0]: names for names in chosen}
-    if hidden is None:
-        for names in groups.values():
-            change(names, None)
-        return None
-    stats = {name: LayerStats(shape_of(block.get(name))[1], needs, block.device) for name in groups}
-    if not (isinstance(options, Sequential) and options.true_sequential):
-        block.observe(hidden, stats)
-        for name, names in groups.items():
-            change(names, stats.pop(name))
-        return None if is_last else block.forward(hidden)
-    with contextlib.ExitStack() as stack:
-        walk = stack.enter_context(Walk(block, hidden, list(groups)))
-        beside = None if twin is None else stack.enter_context(twin.walk(block.index, list(groups)))
-        for name, inputs, originals in side_by_side(walk, beside):
-            while inputs:
-                stats[name].update(inputs.pop(), originals.pop() if originals else None)
-            return_free_memory()
-            change(groups.pop(name), stats.pop(name))
-        for name, names in groups.items():  # no sample came there
-            change(names, stats.pop(name))
-        return None if is_last else walk.finish()
-
-
-def side_by_side(walk: Walk, beside: Walk | None) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-    """Every stop of a walk with its inputs, and those of a second walk through the same stops."""
-    if beside is None:
-        for name, inputs in walk:
-            yield name, inputs, []
-        return
-    for (name, inputs), (other, originals) in zip(walk, beside, strict=True):
-        assert name == other, f"{name} and {other}: both walks call the same linears in the same order"
-        yield name, inputs, originals
-
-
-def tune_block(
-    block: Block, method: Method, options: SchemeSelection, hidden: Tensor, twin: Twin, seed: int, work: Work
-) -> Tensor:
-    """Let a method of scope block quantize all of the block's linears together; returns the block's new output."""
-    schemes = {name: scheme for name in block.linears() if (scheme := options.scheme_of(name)) is not None}
-    begun = time.perf_counter()
-    found = method.run(block, hidden, twin.forward(block.index), schemes, options, seed + block.index, work.note(block.name))
-    seconds = (time.perf_counter() - begun) / max(len(found), 1)
-    for name, tensor in found.items():
-        layer = block.get(name)
-        before = weight_of(layer)
-        block.put(name, QuantLinear(tensor, getattr(layer, "bias", None), schemes[name].activations))
-        work.changes[f"{name}.weight"] = (tensor, schemes[name])
-        facts = errors(before, tensor.dequantize(), None)
-        work.linears.append({"name": name, "scheme": str(schemes[name]), "seconds": seconds, **facts})
-    return block.forward(hidden)
-
-
-def chosen_groups(
-    block: Block, options: Selection, hidden: Tensor | None, only_quantized: bool
-) -> list[tuple[str, ...]]:
-    """The names of linears to change, those with one input together; each alone where no input is at hand."""
-    linears = block.linears()
-    chosen = {name for name in linears if not options.is_ignored(name)}
-    if only_quantized:
-        chosen = {name for name in chosen if isinstance(linears[name], QuantLinear)}
-    called = [] if hidden is None else [group.linears for group in find_groups(block, hidden[:1])]
-    known = {name for names in called for name in names}
-    groups = [*called, *((name,) for name in linears if name not in known)]
-    kept = [tuple(name for name in names if name in chosen) for names in groups]
-    return [names for names in kept if names]
-
-
-def change_linears(
-    block: Block, names: tuple[str, ...], stats: LayerStats | None, method: Method, options: Any, work: Work
-) -> None:
-    """Quantize or prune linears that share an input, in one call where the method works row by row."""
-    batches: list[tuple[Scheme | None, list[str]]] = []
-    for name in names:
-        if isinstance(block.get(name), QuantLinear):
-            raise QtoolError(f"{method.key}: {name} is quantized already; quantize once, and prune before it")
-        scheme = options.scheme_of(name) if isinstance(options, SchemeSelection) else None
-        if method.rowwise and batches and batches[-1][0] == scheme:
-            batches[-1][1].append(name)
-        else:
-            batches.append((scheme, [name]))
-    for scheme, members in batches:
-        begun = time.perf_counter()
-        n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
-        chosen = (options,) if scheme is None else (scheme.weights, options)
-        # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
-        try:
-            result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), stats, *chosen, note)
-        except QtoolError as error:
-            raise QtoolError(f"{method.key}: {members[0]}: {error}") from error
-        seconds = time.perf_counter() - begun
-        start = 0
-        for name in members:
-            layer = block.get(name)
-            before = weight_of(layer)
-            stop = start + len(before)
-            if scheme is not None:
-                part = result.rows(start, stop)
-                block.put(name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
-                work.changes[f"{name}.weight"] = (part, scheme)
-                after = part.dequantize()
-            else:
-                after = result[start:stop]
-                weight = block.module.get_parameter(f"{name}.weight".removeprefix(f"{block.name}."))
-                weight.data = oriented(layer, after).to(weight.dtype)
-                work.changes[f"{name}.weight"] = weight.data
-            work.linears.append(
-                {
-                    "name": name,
-                    "scheme": str(scheme) if scheme is not None else f"sparse {float((after == 0).float().mean()):.2f}",
-                    "seconds": seconds * (stop - start) / n_rows,
-                    **errors(before, after, stats),
-                }
-            )
-            start = stop
-        return_free_memory()
-
-
-def compensate_linears(
-    block: Block,
-    before: Block,
-    names: tuple[str, ...],
-    stats: LayerStats | None,
-    method: Method,
-    options: LowRankSelection,
-    work: Work,
-) -> None:
-    """Put the factors of what quantization took from linears that share an input beside their codes."""
-    for name in names:
-        layer, original = block.get(name), before.get(name)
-        assert isinstance(layer, QuantLinear), f"{name} is not quantized"
-        if isinstance(original, QuantLinear):
-            raise QtoolError(f"{method.key}: {name} was quantized before the last quantize steps began; add it to ignore")
-        begun = time.perf_counter()
-        W = weight_of(original)  # [out, in]
-        try:
-            found = method.run(W - weight_of(layer), stats, options, work.note(name))
-        except QtoolError as error:
-            raise QtoolError(f"{method.key}: {name}: {error}") from error
-        low_rank = found.stored_in(options.dtype)
-        changed = QuantLinear(layer.qt, layer.bias, layer.activations, low_rank)
-        block.put(name, changed)
-        work.changes[f"{name}{LOW_RANK}"] = low_rank
-        stored = work.changes[f"{name}.weight"]
-        assert isinstance(stored, tuple), f"{name} is quantized, so its change is one of codes"
-        work.linears.append(
-            {
-                "name": name,
-                "scheme": f"{stored[1]} + rank {low_rank.rank}",
-                "seconds": time.perf_counter() - begun,
-                **errors(W, weight_of(changed), stats),
-            }
-        )
-    return_free_memory()
-
-
-def errors(before: Tensor, after: Tensor, stats: LayerStats | None) -> dict[str, float | None]:
-    """SQNR of the weights in dB, and the relative squared error of the outputs over the calibration tokens."""
-    D = after.to(before.device) - before
-    noise, signal = float(D.square().sum()), float(before.square().sum())
-    sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
-    relative = None
-    if stats is not None and stats.has_hessian and stats.n_tokens:
-        H = stats.hessian()
-        power = float(((before @ H) * before).sum())
-        relative = float(((D @ H) * D).sum()) / power if power > 0 else None
-    return {"sqnr_db": sqnr, "relative_output_error": relative}
 
 
 def change_head(

@@ -1,0 +1,63 @@
+"""What a step does to a whole block at once: transforms, and quantizers of scope block."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from qtool.calibration.statistics import LayerStats
+from qtool.errors import QtoolError
+from qtool.formats.scheme import SchemeSelection
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import Block
+from qtool.model.linear import shape_of, weight_of
+from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings
+from qtool.options import Needs
+from qtool.pipeline.twin import Twin
+from qtool.pipeline.work import Work, errors
+from qtool.registry import Method
+
+TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
+
+
+def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> Tensor:
+    """Apply a transform's edits after checking that the block still computes the same; returns its output before them."""
+    stats: dict[str, LayerStats] = {}
+    observers = {}
+    if needs:
+        for group in find_groups(block, hidden[:1]):
+            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs, block.device)
+            observers[group.linears[0]] = shared
+            stats |= dict.fromkeys(group.linears, shared)
+    after = block.forward_observed(hidden, observers)
+    scalings = [s for s in find_scalings(block, hidden[:1]) if not needs or s.consumers[0] in stats]
+    edits = method.run(block, scalings, stats, options, work.note(method.key))
+    change = change_of_output(block, hidden[:1], edits)
+    if not change <= TRANSFORM_TOLERANCE:
+        raise QtoolError(
+            f"{method.key}: {block.name}: the block's float32 output would change by {change:.1e}, more than "
+            f"{TRANSFORM_TOLERANCE:.0e}; nothing was applied. The scales may be too extreme for this model: use a milder option"
+        )
+    apply_edits(block.module, block.name, edits)
+    for name in edits:
+        work.changes[name] = block.module.get_parameter(name.removeprefix(f"{block.name}.")).data
+    return after
+
+
+def tune_block(
+    block: Block, method: Method, options: SchemeSelection, hidden: Tensor, twin: Twin, seed: int, work: Work
+) -> Tensor:
+    """Let a method of scope block quantize all of the block's linears together; returns the block's new output."""
+    schemes = {name: scheme for name in block.linears() if (scheme := options.scheme_of(name)) is not None}
+    begun = time.perf_counter()
+    found = method.run(block, hidden, twin.forward(block.index), schemes, options, seed + block.index, work.note(block.name))
+    seconds = (time.perf_counter() - begun) / max(len(found), 1)
+    for name, tensor in found.items():
+        layer = block.get(name)
+        before = weight_of(layer)
+        scheme = schemes[name].model_copy(update={"weights": tensor.scheme})
+        block.put(name, QuantLinear(tensor, getattr(layer, "bias", None), scheme.activations))
+        work.changes[f"{name}.weight"] = (tensor, scheme)
+        facts = errors(before, tensor.dequantize(), None)
+        work.linears.append({"name": name, "scheme": str(scheme), "seconds": seconds, **facts})
+    return block.forward(hidden)
