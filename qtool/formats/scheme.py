@@ -10,9 +10,9 @@ The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: tr
 """
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from qtool.formats.codebook import LEVELS, CodebookGrid
 from qtool.formats.integer import IntegerGrid
@@ -130,17 +130,28 @@ class Scheme(Shorthand):
         return f"w{self.weights.bits}a{activations}{kv}{group}{self.weights.ending}"
 
 
-class SchemeSelection(Selection):
-    """Options of a method that quantizes linears: the first pattern in `modules` that fits wins, else `scheme`."""
+def _read_chosen(value: object, _: object) -> Scheme | Literal["search"]:
+    return "search" if value == "search" else Scheme.model_validate(value)  # a union would tell a fault once for each part
 
-    scheme: Scheme = Field(description="shorthand such as w4a16g128, or the long form")
+
+class SchemeSelection(Selection):
+    """Options of a method that quantizes linears: the first pattern in `modules` that fits wins, else `scheme`.
+
+    Where `scheme` is the word search, the run puts what a search step found into `modules`, a name for each linear.
+    """
+
+    scheme: Annotated[Scheme | Literal["search"], WrapValidator(_read_chosen)] = Field(
+        description="shorthand such as w4a16g128, or the long form; search: what a search step before found for each linear"
+    )
     modules: dict[str, Scheme] = Field({}, description="name pattern: scheme of its own; the first match wins")
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of one linear; None where it is ignored."""
         if self.is_ignored(name):
             return None
-        return next((scheme for pattern, scheme in self.modules.items() if matches(name, pattern)), self.scheme)
+        found = next((scheme for pattern, scheme in self.modules.items() if matches(name, pattern)), self.scheme)
+        assert isinstance(found, Scheme), f"{name}: no search found a scheme for it"
+        return found
 
     def patterns(self) -> tuple[str, ...]:
         return (*super().patterns(), *self.modules)
