@@ -18,7 +18,7 @@ from typing import Any, Literal
 from qtool.errors import QtoolError, nearest
 from qtool.options import Needs, Options
 
-KINDS = ("calibrate", "transform", "quantize", "prune", "factorize", "distill", "evaluate", "export")
+KINDS = ("calibrate", "transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export")
 Scope = Literal["linear", "block", "model", "training"]
 
 
@@ -31,7 +31,7 @@ class Method:
     scope: Scope
     needs: Needs | Callable[[Any], Needs] = ()  # stated, or derived from the options
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
-    low_rank: bool = False  # an export that also writes the low-rank factors of factorize
+    holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     key: str = ""
 

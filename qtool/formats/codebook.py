@@ -1,9 +1,16 @@
 """Codebooks: number formats whose levels stand in a table, scaled by group.
 
     q = the level nearest to w / scale, ties to the even code      w^ = scale · level[q]      scale = amax / largest level
-    w [..., group] floats    scale [..., 1]    q [..., group] codes 0 .. 2^bits - 1, in the order of the format's own bits
+    with a zero point, a float16:  nearest to w / scale + zero     w^ = scale · (level[q] - zero)
+    w [..., group] floats    scale, zero [..., 1]    q [..., group] codes, in the order of the format's own bits
+Of binary and ternary weights the scale is the mean |w|, as few levels clip most weights.
+Power grids (format power) have levels sign(k) (|k| / m)^(1/a), k = -m .. m, m = 2^(bits-1) - 1, with an exponent a of each
+tensor's own: that of least squared error over all of it, found by golden-section search.
 Source: OCP Microscaling Formats 1.0, section 5.3 (E2M1, E2M3, E3M2, E4M3, E5M2); Dettmers et al. 2023, arXiv:2305.14314,
-appendix E (NF4); bitsandbytes (its FP4). E3M0 is the same construction without mantissa bits.
+appendix E (NF4); bitsandbytes (its FP4). E3M0 is the same construction without mantissa bits. Zhou et al. 2024,
+arXiv:2408.08554 (ABQ-LLM), section 3.3 (w2star, five levels); Ma et al. 2024, arXiv:2402.17764 (ternary by mean |w|);
+Yvinec et al. 2023, arXiv:2301.09858 (PowerQuant). Differs: a power grid's codes are those of the nearest level, not of the
+nearest power, and each tensor has an exponent of its own.
 Why ties to even codes: neighbours differ in their lowest bit, which for floating formats is the mantissa's.
 """
 
@@ -47,7 +54,14 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "e3m2": floating(3, 2, bias=3),
     "e4m3": floating(4, 3, bias=7, n_finite=127),
     "e5m2": floating(5, 2, bias=15, n_finite=124),
+    "binary": (-1.0, 1.0),
+    "ternary": (-1.0, 0.0, 1.0),
+    "w2star": (-2.0, -1.0, 0.0, 1.0, 2.0),
 }
+BY_MEAN = ("binary", "ternary")
+EXPONENTS = (0.3, 1.2)  # where power grids search theirs
+NEARLY_ZERO = 2.0**-14  # scale of a group of zeros where no level is 0, float16's least normal number
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -57,69 +71,147 @@ class CodebookGrid:
     format: str
     scale_dtype: str
     of_tensor: float = 1.0
+    zero_dtype: str | None = None  # or float16
 
+    width = 1  # weights in one code
     low = 0
+    exponent = 1.0
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        """Values by code."""
+        return LEVELS[self.format]
 
     @property
     def high(self) -> int:
-        return len(LEVELS[self.format]) - 1
+        return len(self.table) - 1
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.table)
+
+    @property
+    def smallest(self) -> float:
+        """The share of the full range below which no group's best range lies."""
+        return 0.4 if len(self.table) > 8 else 0.2
 
     @property
     def ends(self) -> tuple[float, float]:
         """The least and the greatest level, before any scale."""
-        return min(LEVELS[self.format]), max(LEVELS[self.format])
+        return min(self.table), max(self.table)
 
     @property
     def largest(self) -> float:
-        return max(map(abs, LEVELS[self.format]))
+        return max(map(abs, self.table))
 
     def for_tensor(self, w: Tensor) -> "CodebookGrid":
         """The same for one tensor w, of which some scales hold a share of their own."""
         return replace(self, of_tensor=tensor_scale(w, self.largest, self.scale_dtype))
 
     def fit(self, w: Tensor) -> Params:
-        """Params of the full range of w over its last axis; w [..., group], float32."""
+        """Params of the full range of w over its last axis, or of its mean magnitude; w [..., group], float32."""
+        if self.format in BY_MEAN:
+            mean = w.abs().mean(-1, keepdim=True)
+            return self.fit_range(-mean, mean)
         return self.fit_range(w.amin(-1, keepdim=True), w.amax(-1, keepdim=True))
 
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]."""
-        amax = torch.maximum(-minimum, maximum)
-        return Params(fit_scale(amax, self.largest, self.scale_dtype, self.of_tensor), None)
+        if self.zero_dtype is None:
+            amax = torch.maximum(-minimum, maximum)
+            scale = fit_scale(amax, self.largest, self.scale_dtype, self.of_tensor)
+            return Params(scale if 0.0 in self.table else torch.where(amax > 0, scale, NEARLY_ZERO), None)
+        low, high = self.ends
+        scale = fit_scale(maximum - minimum, high - low, self.scale_dtype, self.of_tensor)
+        return Params(scale, self.round_zero(low - minimum / scale))
+
+    def round_zero(self, zero: Tensor) -> Tensor:
+        """zero [..., 1] as it is stored."""
+        return zero.to(torch.float16).float()
 
     def encode(self, w: Tensor, p: Params) -> Tensor:
         """Nearest codes of w [..., group], as float whole numbers of the same shape."""
-        borders, codes = _table(self.format, w.device)
-        return codes[torch.bucketize(w / p.scale, borders)]
+        borders, codes = _table(self.table, w.device)
+        return codes[torch.bucketize(self._in_units(w, p), borders)]
 
     def neighbours(self, w: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Codes next below (or at) and next above w [..., group], as float whole numbers; beyond the ends the end's, twice."""
-        codes = _table(self.format, w.device)[1]  # by rising level
-        above = torch.bucketize(w / p.scale, self.levels(codes), right=True)
+        codes = _table(self.table, w.device)[1]  # by rising level
+        above = torch.bucketize(self._in_units(w, p), self.levels(codes), right=True)
         return codes[(above - 1).clamp(min=0)], codes[above.clamp(max=len(codes) - 1)]
 
+    def _in_units(self, w: Tensor, p: Params) -> Tensor:
+        return w / p.scale if p.zero is None else w / p.scale + p.zero
+
     def levels(self, q: Tensor) -> Tensor:
-        """The table's values of codes q [..., group], before any scale, float32."""
-        return _values(self.format, q.device)[q.int()]
+        """The table's values of codes q [..., group], before any zero point and scale, float32."""
+        return _values(self.table, q.device)[q.int()]
 
     def decode(self, q: Tensor, p: Params) -> Tensor:
         """Values of codes q [..., group], float32."""
-        return self.levels(q) * p.scale
+        levels = self.levels(q)
+        return (levels if p.zero is None else levels - p.zero) * p.scale
 
     def snap(self, w: Tensor, p: Params) -> Tensor:
         """w [..., group] moved to the nearest grid points."""
         return self.decode(self.encode(w, p), p)
 
 
-@cache
-def _values(format: str, device: torch.device) -> Tensor:
-    return torch.tensor(LEVELS[format], device=device)
+@dataclass(frozen=True)
+class PowerGrid(CodebookGrid):
+    """A power grid of `bits`; `exponent` is the tensor's own."""
+
+    bits: int = 4
+    exponent: float = 1.0
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        return power_levels(self.bits, self.exponent)
+
+    def for_tensor(self, w: Tensor) -> "PowerGrid":
+        """The same with the exponent of least squared error over w [rows, groups, group], each group in its full range."""
+        first, last = EXPONENTS
+        inner = [last - GOLDEN * (last - first), first + GOLDEN * (last - first)]
+        costs = [self._cost(w, a) for a in inner]
+        for _ in range(12):  # the interval shrinks to 0.9 / 320
+            if costs[0] <= costs[1]:
+                last = inner[1]
+                inner = [last - GOLDEN * (last - first), inner[0]]
+                costs = [self._cost(w, inner[0]), costs[0]]
+            else:
+                first = inner[0]
+                inner = [inner[1], first + GOLDEN * (last - first)]
+                costs = [costs[1], self._cost(w, inner[1])]
+        cost, exponent = min(zip([*costs, self._cost(w, 1.0)], [*inner, 1.0], strict=True))
+        return self.with_exponent(exponent)
+
+    def with_exponent(self, exponent: float) -> "PowerGrid":
+        """The same with a stated exponent, kept to the five digits that its table is made from."""
+        return replace(self, exponent=round(exponent, 5))
+
+    def _cost(self, w: Tensor, exponent: float) -> float:
+        grid = self.with_exponent(exponent)
+        return float((grid.snap(w, grid.fit(w)) - w).square().sum())
 
 
 @cache
-def _table(format: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def power_levels(bits: int, exponent: float) -> tuple[float, ...]:
+    """Values by code, of k = -m .. m in rising order; the one code left over repeats the last."""
+    m = (1 << (bits - 1)) - 1
+    positive = [(k / m) ** (1 / exponent) for k in range(1, m + 1)]
+    return (*(-value for value in reversed(positive)), 0.0, *positive, 1.0)
+
+
+@cache
+def _values(table: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(table, device=device)
+
+
+@cache
+def _table(table: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Borders between neighbouring levels, float32, a value on a border belonging below; the code of each interval."""
     first: dict[float, int] = {}
-    for code, value in enumerate(LEVELS[format]):
+    for code, value in enumerate(table):
         first.setdefault(value, code)  # -0.0 equals 0.0, and a repeated level is the first one's
     levels = sorted(first)
     borders = torch.tensor([(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)])

@@ -24,6 +24,7 @@ class Params:
 
     scale: Tensor
     zero: Tensor | None
+    second: Tensor | None = None  # [1 + blocks], of scales that are quantized themselves, see scales.py
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class IntegerGrid:
     of_tensor: float = 1.0  # the part of the scales that all groups of a tensor share, see scales.py
     zero_dtype: str = "int"  # or float16
 
+    width = 1  # weights in one code
+    smallest = 0.4  # of the full range: below it no group's best range lies
+    exponent = 1.0
+
     @property
     def low(self) -> int:
         return -(1 << (self.bits - 1)) if self.symmetric else 0
@@ -43,6 +48,10 @@ class IntegerGrid:
     @property
     def high(self) -> int:
         return self.low + (1 << self.bits) - 1
+
+    @property
+    def n_levels(self) -> int:
+        return 1 << self.bits
 
     @property
     def ends(self) -> tuple[float, float]:

@@ -17,6 +17,7 @@ SCALE_DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e8m0fnu": torch.float8_e8m0fnu,
 }
+BLOCK = 256  # scales that share a step where they are quantized themselves
 E4M3_LARGEST = 448.0
 E4M3_SMALLEST = 2.0**-9
 
@@ -42,3 +43,39 @@ def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Ten
 def store_scale(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:
     """scale as it lies in the file, without s_t."""
     return (scale / of_tensor).to(SCALE_DTYPES[dtype])
+
+
+# ---- scales that are quantized themselves ----
+
+
+def double_quantize(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """scale [...] as it is stored in 8 bits, and what tells it: the mean, and a step for each block, [1 + blocks].
+
+    scale^ = mean + step k,  k = -127 .. 127,  step = max |scale - mean| / 127 over each BLOCK scales in their order.
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 3 (double quantization). Differs: k is a whole number, not an
+    8-bit float, and large enough that scale^ is positive.
+    """
+    mean = scale.mean()
+    blocks = _in_blocks(scale - mean)  # [blocks, BLOCK]
+    step = blocks.abs().amax(1) / 127
+    second = torch.cat([mean.view(1), torch.where(step > 0, step, 1)])
+    return single_scale(scale_codes(scale, second), second), second
+
+
+def scale_codes(scale: Tensor, second: Tensor) -> Tensor:
+    """k of double-quantized scales [...], int8."""
+    mean, step = second[0], second[1:].unsqueeze(1)
+    k = (_in_blocks(scale - mean) / step).round()
+    positive = torch.floor(-mean / step) + 1  # the least k with mean + step k > 0
+    return torch.maximum(k, positive).clamp(-127, 127).flatten()[: scale.numel()].view(scale.shape).to(torch.int8)
+
+
+def single_scale(codes: Tensor, second: Tensor) -> Tensor:
+    """The scales [...], float32, of k [...] int8."""
+    values = second[0] + _in_blocks(codes.float()) * second[1:].unsqueeze(1)
+    return values.flatten()[: codes.numel()].view(codes.shape)
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)

@@ -4,8 +4,10 @@
     w4a16g128-asym     the same with zero points, which are codes; -asymf16: with zero points in float16
     w8a8               8-bit weights, one scale per output channel; 8-bit activations, one scale per token
     w4a4kv4            and a 4-bit key/value cache
-    nf4g64, e2m1g128   a format of a table (see codebook.py) in groups of 64 or 128
+    nf4g64, e2m1g128   a format of a table (see codebook.py) in groups of 64 or 128; -asymf16 as above
+    power4g128         4-bit weights on a power grid
     mxfp4, nvfp4, ...  microscaling formats, whose groups and scales are part of the name
+    -dq, -ic           at the end: scales quantized themselves; groups along `out`, one input channel (column) each
 The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: true}, activations: {bits: 8}}.
 """
 
@@ -14,15 +16,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WrapValidator, model_validator
 
-from qtool.formats.codebook import LEVELS, CodebookGrid
+from qtool.formats.codebook import LEVELS, CodebookGrid, PowerGrid
 from qtool.formats.integer import IntegerGrid
 from qtool.options import Options, Selection, Shorthand, matches
 
-SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?(?P<asym>-asym(?:f16)?)?")
+SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?")
 TABLE_SHORTHAND = re.compile(r"(?P<format>\w+?)(?:g(?P<g>\d+))?")
+POWER_SHORTHAND = re.compile(r"power(?P<bits>\d)(?:g(?P<g>\d+))?")
+ENDINGS: dict[str, dict[str, object]] = {
+    "asym": {"symmetric": False},
+    "asymf16": {"symmetric": False, "zero_dtype": "float16"},
+    "dq": {"double_quant": True, "scale_dtype": "float32"},
+    "ic": {"group_along": "in_channel"},
+}
 
 
-Format = Literal["int", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"]
+Format = Literal[
+    "int", "power", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2", "binary", "ternary", "w2star"
+]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
 ZeroDtype = Literal["int", "float16"]
 Grid = IntegerGrid | CodebookGrid
@@ -41,14 +52,26 @@ PRESETS: dict[str, dict[str, object]] = {
 class WeightScheme(Options):
     """Weights in groups along `in`, whole numbers or levels of a table."""
 
-    format: Format = Field("int", description="int, or a table: nf4, bitsandbytes' FP4, floats by exponent and mantissa bits")
-    bits: int = Field(ge=2, le=8, description="bits per weight; a table's own where the format is one")
-    group: int | None = Field(None, ge=8, description="weights along `in` that share a scale; null: a whole row")
-    symmetric: bool = Field(True, description="no zero points; tables have none")
+    format: Format = Field(
+        "int",
+        description="int; power, levels on a power function; or a table: nf4, bitsandbytes' FP4, floats by exponent and "
+        "mantissa bits, binary, ternary, w2star (five levels)",
+    )
+    bits: int = Field(ge=1, le=8, description="bits per weight; a table's own where the format is one")
+    group: int | None = Field(None, ge=8, description="weights that share a scale; null: a whole row")
+    group_along: Literal["out_channel", "in_channel"] = Field(
+        "out_channel",
+        description="which channel a group's weights belong to: out_channel, neighbours along `in`, as usual; in_channel, "
+        "neighbours along `out`, so that an input with outliers has scales of its own",
+    )
+    symmetric: bool = Field(True, description="no zero points")
     scale_dtype: ScaleDtype = Field(
         "bfloat16",
         description="dtype scales are stored in; float8_e4m3fn goes with one float32 scale per tensor, float8_e8m0fnu holds "
         "powers of two",
+    )
+    double_quant: bool = Field(
+        False, description="scales in 8 bits, with a float32 step for every 256 and one mean; scale_dtype float32 alone"
     )
     zero_dtype: ZeroDtype = Field(
         "int",
@@ -65,12 +88,18 @@ class WeightScheme(Options):
 
     @model_validator(mode="after")
     def _agree(self) -> "WeightScheme":
-        if self.format != "int":
+        if self.format in LEVELS:
             bits = (len(LEVELS[self.format]) - 1).bit_length()
             if self.bits != bits:
                 raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
-            if not self.symmetric:
-                raise ValueError(f"{self.format} has no zero points; leave symmetric away")
+        if self.format == "power" and not (self.symmetric and self.bits > 1):
+            raise ValueError("power grids have two bits or more and no zero points; leave symmetric away")
+        if self.format in LEVELS and not self.symmetric and self.zero_dtype == "int":
+            raise ValueError(f"zero points of {self.format} are no codes; add zero_dtype: float16 (-asymf16)")
+        if self.format == "int" and self.bits == 1 and self.symmetric:
+            raise ValueError("int of one bit has no level above 0; use the format binary, or symmetric: false")
+        if self.double_quant and self.scale_dtype != "float32":
+            raise ValueError("double_quant quantizes float32 scales; set scale_dtype: float32")
         if self.symmetric and self.zero_dtype != "int":
             raise ValueError(f"{self.zero_dtype} zero points need symmetric: false; leave zero_dtype away, or say so")
         if not self.symmetric and self.scale_dtype.startswith("float8"):
@@ -81,19 +110,28 @@ class WeightScheme(Options):
     def grid(self) -> Grid:
         if self.format == "int":
             return IntegerGrid(self.bits, self.symmetric, self.scale_dtype, zero_dtype=self.zero_dtype)
-        return CodebookGrid(self.format, self.scale_dtype)
+        if self.format == "power":
+            return PowerGrid(self.format, self.scale_dtype, bits=self.bits)
+        return CodebookGrid(self.format, self.scale_dtype, zero_dtype=None if self.symmetric else self.zero_dtype)
+
+    @property
+    def is_rowwise(self) -> bool:
+        """Whether each output channel's codes and scales are its own."""
+        return self.group_along == "out_channel" and not self.double_quant and self.format != "power"
 
     @property
     def ending(self) -> str:
-        """What the shorthand ends in: how zero points are stored."""
-        return "" if self.symmetric else "-asym" if self.zero_dtype == "int" else "-asymf16"
+        """What the shorthand ends in: zero points, double quantization, groups along `out`."""
+        zeros = "" if self.symmetric else "-asym" if self.zero_dtype == "int" else "-asymf16"
+        return zeros + "-dq" * self.double_quant + "-ic" * (self.group_along == "in_channel")
 
     def __str__(self) -> str:
         for name, fields in PRESETS.items():
             if self == WeightScheme.model_validate(fields):
                 return name
         group = "" if self.group is None else f"g{self.group}"
-        return f"{self.format}{group}" if self.format != "int" else f"w{self.bits}{group}{self.ending}"
+        kind = {"int": f"w{self.bits}", "power": f"power{self.bits}"}.get(self.format, self.format)
+        return f"{kind}{group}{self.ending}"
 
 
 class ActivationScheme(Options):
@@ -161,21 +199,30 @@ def parse_shorthand(text: str) -> dict[str, object]:
     """The long form of a shorthand; raises ValueError that shows the form."""
     if text in PRESETS:
         return {"weights": PRESETS[text]}
-    table = TABLE_SHORTHAND.fullmatch(text)
-    if table is not None and table["format"] in LEVELS:
-        return {"weights": {"format": table["format"], "group": int(table["g"]) if table["g"] else None}}
-    match = SHORTHAND.fullmatch(text)
-    if match is None:
+    head, *endings = text.split("-")
+    bits: dict[str, int] = {}
+    weights: dict[str, object] = {}
+    if match := POWER_SHORTHAND.fullmatch(head):
+        weights = {"format": "power", "bits": int(match["bits"]), "group": _int_or_none(match["g"])}
+    elif (match := TABLE_SHORTHAND.fullmatch(head)) and match["format"] in LEVELS:
+        weights = {"format": match["format"], "group": _int_or_none(match["g"])}
+    elif match := SHORTHAND.fullmatch(head):
+        bits = {name: int(value) for name, value in match.groupdict().items() if value}
+        weights = {"bits": bits["w"], "group": bits.get("g")}
+    if not weights or not set(endings) <= set(ENDINGS):
         raise ValueError(
-            f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]], such as w4a16g128, a table with its '
-            f"group, such as nf4g64 ({', '.join(LEVELS)}), or one of {', '.join(PRESETS)}"
+            f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]][-dq][-ic], such as w4a16g128, a '
+            f"table with its group, such as nf4g64 ({', '.join(LEVELS)}), power<bits>[g<group>], or one of {', '.join(PRESETS)}"
         )
-    bits = {name: int(value) for name, value in match.groupdict().items() if value and name != "asym"}
-    zero_dtype = "float16" if match["asym"] == "-asymf16" else "int"
-    weights = {"bits": bits["w"], "group": bits.get("g"), "symmetric": not match["asym"], "zero_dtype": zero_dtype}
+    for ending in endings:
+        weights |= ENDINGS[ending]
     long: dict[str, object] = {"weights": weights}
     if bits.get("a", 16) < 16:
         long["activations"] = {"bits": bits["a"]}
     if bits.get("kv", 16) < 16:
         long["kv"] = {"bits": bits["kv"]}
     return long
+
+
+def _int_or_none(digits: str | None) -> int | None:
+    return None if digits is None else int(digits)

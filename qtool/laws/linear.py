@@ -70,7 +70,7 @@ def codes_in_range(method: Method) -> None:
         assert tensor.scheme == Scheme.model_validate(scheme).weights, f"{scheme}: the result has another scheme"
         assert tensor.shape == problem.W.shape, f"{scheme}: shape {tensor.shape}, must be {tuple(problem.W.shape)}"
         assert grid.low <= least and most <= grid.high, f"{scheme}: codes from {least} to {most}"
-        shape = (OUT, to_groups(problem.W, tensor.scheme.group).shape[1])
+        shape = (OUT, to_groups(problem.W, tensor.scheme).shape[1])
         assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {shape}"
         assert bool((tensor.scale > 0).all()), f"{scheme}: a scale is not positive"
         assert (tensor.zero is None) == tensor.scheme.symmetric, f"{scheme}: zero points contradict `symmetric`"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import ActivationScheme
-from qtool.formats.tensor import QuantizedTensor, to_groups, zero_dtype
+from qtool.formats.scheme import ActivationScheme, WeightScheme
+from qtool.formats.tensor import QuantizedTensor
 
 
 def snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -25,6 +25,8 @@ def snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
 class QuantLinear(nn.Module):
     """Stands where an nn.Linear (or a Conv1D) with in and out features stood."""
 
+    scale: Tensor
+
     def __init__(
         self,
         tensor: QuantizedTensor,
@@ -34,15 +36,15 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
-        self.scheme = tensor.scheme
-        self.of_tensor = tensor.of_tensor
         self.activations = activations
-        self.scale = nn.Parameter(tensor.scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.codes: Tensor
-        self.zero: Tensor | None
-        self.register_buffer("codes", tensor.codes)
-        self.register_buffer("zero", tensor.zero)
+        self._facts = tensor.facts()
+        self._dtypes = {name: part.dtype for name, part in tensor.parts().items()}
+        for name, part in tensor.parts().items():
+            if name == "scale":
+                self.scale = nn.Parameter(part, requires_grad=False)
+            else:
+                self.register_buffer(name, part)
         self.left: Tensor | None
         self.right: Tensor | None
         self.scale_of_rank: Tensor | None
@@ -51,9 +53,15 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale_of_rank", None if low_rank is None else low_rank.scale)
 
     @property
+    def scheme(self) -> WeightScheme:
+        scheme: WeightScheme = self._facts["scheme"]
+        return scheme
+
+    @property
     def qt(self) -> QuantizedTensor:
-        zero = None if self.zero is None else self.zero.to(zero_dtype(self.scheme))  # training widens float zero points
-        return QuantizedTensor(self.codes, self.scale.detach(), zero, self.scheme, self.of_tensor)
+        # Training widens buffers of floats, and may have moved scales off what they are stored as.
+        parts = {name: getattr(self, name).detach().to(dtype) for name, dtype in self._dtypes.items() if name != "scale"}
+        return QuantizedTensor.from_parts({**parts, "scale": self.scale.detach()}, self._facts).settled()
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -68,10 +76,8 @@ class QuantLinear(nn.Module):
 
     def _decoded(self) -> Tensor:
         """W^ [out, in], float32."""
-        grouped = to_groups(self.scheme.grid.levels(self.codes), self.scheme.group)  # [out, groups, group]
-        if self.zero is not None:
-            grouped = grouped - self.zero.unsqueeze(-1)
-        return (grouped * (self.scale.float() * self.of_tensor).unsqueeze(-1)).flatten(1)
+        parts = {name: getattr(self, name) for name in self._dtypes}
+        return QuantizedTensor.from_parts(parts, self._facts).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations is not None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.formats.integer import Params
+from qtool.formats.integer import IntegerGrid, Params
 from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import QuantizedTensor, assemble, to_groups
+from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
 from qtool.layers.quant_linear import snap_per_token
 
 
@@ -25,8 +25,8 @@ class RoundedLinear(nn.Module):
         super().__init__()
         self.bias = bias
         self._scheme = scheme
-        self._grid = scheme.weights.grid.for_tensor(W)
-        self._w = to_groups(W, scheme.weights.group)  # [out, groups, group]
+        self._w = to_groups(W, scheme.weights)  # [out, groups, group]
+        self._grid = scheme.weights.grid.for_tensor(self._w)
         self._minimum, self._maximum = self._w.amin(-1, keepdim=True), self._w.amax(-1, keepdim=True)  # [out, groups, 1]
         self.V = nn.Parameter(torch.zeros_like(self._w))
         self.alpha = nn.Parameter(torch.ones_like(self._maximum))
@@ -50,7 +50,7 @@ class RoundedLinear(nn.Module):
         else:
             levels = levels - params.zero.detach()
             inside = x.clamp(low - params.zero, high - params.zero)
-        return (straight_through(inside, levels) * params.scale).flatten(1)
+        return from_groups(straight_through(inside, levels) * params.scale, self._scheme.weights)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._scheme.activations is not None:
@@ -62,17 +62,20 @@ class RoundedLinear(nn.Module):
         """The weights as they are rounded now."""
         params = self._params()
         codes = self._codes(self._w / params.scale + self.V, params)
-        return assemble(codes.flatten(1), params, self._scheme.weights, self._grid)
+        return assemble(from_groups(codes, self._scheme.weights), params, self._scheme.weights, self._grid)
 
     def _params(self) -> Params:
         low, high = self.beta * self._minimum, self.alpha * self._maximum  # [out, groups, 1]
         with torch.no_grad():
-            stored = self._grid.fit_range(low, high)
+            stored = settle(self._grid.fit_range(low, high), self._scheme.weights)
         if stored.zero is None:
-            return Params(straight_through(torch.maximum(-low, high) / self._grid.largest, stored.scale), None)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = straight_through((high - low) / self._grid.largest, stored.scale)
-        return Params(scale, straight_through(-low / scale, stored.zero))
+            scale = straight_through(torch.maximum(-low, high) / self._grid.largest, stored.scale)
+            return Params(scale, None, stored.second)
+        first, last = self._grid.ends
+        if isinstance(self._grid, IntegerGrid):  # whose range holds 0
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = straight_through((high - low) / (last - first), stored.scale)
+        return Params(scale, straight_through(first - low / scale, stored.zero), stored.second)
 
     def _codes(self, x: Tensor, params: Params) -> Tensor:
         """Codes of x [out, groups, group], which counts in units of the scale."""

@@ -1,6 +1,7 @@
 """Range search: the shrunken range of each group whose rounding costs least.
 
-    range(a) = a [min w, max w],  a from 1 down to 0.4      keep the a of least  cost(w - w^(a)),  per row and group
+    range(a) = a [min w, max w],  a from 1 down to 0.4, or 0.2 for grids of few levels
+    keep the a of least  cost(w - w^(a)),  per row and group
     cost: sum_j |e_j|^2.4            plain, GPTQ's own option
           sum_j d_j e_j^2            d_j the curvature of column j
           eᵀ H_gg e                  H_gg the group's block of H: the mean squared error of its part of the output
@@ -22,7 +23,6 @@ from qtool.formats.scheme import Grid
 Cost = Callable[[Tensor], Tensor]  # errors [out, groups, group] to costs [out, groups, 1]
 STEPS = 24
 FINE_STEPS = 60
-SMALLEST = 0.4
 CHUNK = 1 << 16  # weights searched at once, so that they stay in a core's cache
 
 
@@ -37,6 +37,11 @@ def search_range(w: Tensor, grid: Grid, cost: Cost, steps: int = STEPS) -> Param
 def plain_cost(error: Tensor) -> Tensor:
     """Costs [out, groups, 1]: sum of |error|^2.4."""
     return error.abs().pow_(2.4).sum(-1, keepdim=True)
+
+
+def squared_cost(error: Tensor) -> Tensor:
+    """Costs [out, groups, 1]: sum of squares."""
+    return error.square().sum(-1, keepdim=True)
 
 
 def weighted_cost(weights: Tensor) -> Cost:
@@ -57,10 +62,10 @@ def diagonal_blocks(H: Tensor, group: int) -> Tensor:
 
 def _search(w: Tensor, grid: Grid, cost: Cost, steps: int) -> Params:
     minimum, maximum = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [out, groups, 1]
-    best = grid.fit_range(minimum, maximum)
+    best = grid.fit(w)
     least = cost(grid.snap(w, best) - w)  # [out, groups, 1]
     for step in range(1, steps + 1):
-        shrink = 1 - (1 - SMALLEST) * step / steps
+        shrink = 1 - (1 - grid.smallest) * step / steps
         params = grid.fit_range(shrink * minimum, shrink * maximum)
         costs = cost(grid.snap(w, params) - w)  # [out, groups, 1]
         better = costs < least

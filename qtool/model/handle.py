@@ -28,7 +28,7 @@ from qtool.model.checkpoint import Checkpoint, find_files
 from qtool.model.compressed import read_compressed, read_scheme
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
-from qtool.model.store import LOW_RANK, Changes, load_changes, load_low_rank_names, load_schemes
+from qtool.model.store import LOW_RANK, Changes, load_additions, load_changes, load_schemes
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -276,11 +276,11 @@ class ModelHandle:
                 found |= {name.removesuffix(".weight"): scheme for name, scheme in load_schemes(path).items()}
         return found
 
-    def low_rank_names(self) -> list[str]:
-        """Full names of the linears that have a low-rank part beside their codes; reads headers alone."""
+    def additions(self) -> dict[str, str]:
+        """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""
         units = (*(f"block_{index:03d}" for index in range(self.n_blocks)), "outer")
         paths = [path for unit in units if (path := self._changes_file(unit)) is not None]
-        return [name for path in paths for name in load_low_rank_names(path)]
+        return {name: what for path in paths for name, what in load_additions(path).items()}
 
     def _changes_file(self, unit: str) -> Path | None:
         paths = [folder / f"{unit}.safetensors" for folder in reversed(self.changes)]
@@ -413,9 +413,11 @@ class ModelHandle:
             self.model(batch.to(self.device), use_cache=False)
         return entered[0]
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """The last block's output [batch, length, hidden] to logits [batch, length, vocab]; call inside `outer()`."""
+        """The last block's output [batch, length, hidden] to logits [batch, length, vocab]; call inside `outer()`.
+
+        Gradients reach hidden where it asks for them.
+        """
 
         def begin(_: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden.to(self.device),) if self._returns_tuple else hidden.to(self.device)

@@ -1,7 +1,8 @@
 """What compression changed, on disk: one safetensors file per block, dense tensors and quantized ones side by side.
 
-A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero`, its scheme in the header;
-the low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`.
+A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
+QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
+low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -9,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRank
-from qtool.formats.packing import unpack_int32
-from qtool.formats.scheme import Scheme
+from qtool.formats.packing import unpack_codes
+from qtool.formats.scales import scale_codes, single_scale
+from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
@@ -58,17 +61,38 @@ def save_changes(path: Path, changes: Changes) -> None:
             tensors |= {f"{name}::{part}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
             continue
         quantized, scheme = value
-        tensors[f"{name}::codes"] = quantized.packed().cpu()
-        tensors[f"{name}::scale"] = quantized.scale.detach().contiguous().cpu()
-        if quantized.zero is not None:
-            tensors[f"{name}::zero"] = quantized.zero.contiguous().cpu()
-        schemes[name] = {
-            "columns": quantized.shape[1],
-            "of_tensor": quantized.of_tensor,
-            "scheme": scheme.model_dump(),
-        }
-    header = {"qtool": json.dumps(schemes)}
+        tensors |= {f"{name}::{part}": t.detach().contiguous().cpu() for part, t in quantized_parts(quantized).items()}
+        schemes[name] = {"scheme": scheme, "facts": quantized.facts(), "columns": columns_of(quantized)}
+    header = {"qtool": json.dumps(schemes, default=lambda options: options.model_dump())}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def quantized_parts(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of a quantized weight as they are stored: codes packed, scales as codes where they are quantized."""
+    parts = quantized.parts() | {"codes": quantized.packed()}
+    if quantized.second is not None:
+        parts["scale"] = scale_codes(quantized.scale, quantized.second)
+    if quantized.salient is not None:
+        parts |= {f"salient_{name}": part for name, part in quantized_parts(quantized.salient.tensor).items()}
+    return parts
+
+
+def columns_of(quantized: QuantizedTensor) -> list[int]:
+    """Codes in a row, of the weight itself and of its salient columns."""
+    return [quantized.codes.shape[1], *([] if quantized.salient is None else columns_of(quantized.salient.tensor))]
+
+
+def restore(parts: dict[str, Tensor], facts: dict[str, Any], columns: list[int]) -> QuantizedTensor:
+    """The quantized weight that `quantized_parts` came from."""
+    prefix, inner, whole = "", facts, dict(parts)
+    for n_columns in columns:
+        scheme = WeightScheme.model_validate(inner["scheme"])
+        codes = unpack_codes(parts[f"{prefix}codes"], scheme.grid.n_levels, n_columns) + scheme.grid.low
+        whole[f"{prefix}codes"] = codes.to(code_dtype(scheme))
+        if scheme.double_quant:
+            whole[f"{prefix}scale"] = single_scale(parts[f"{prefix}scale"], parts[f"{prefix}second"])
+        prefix, inner = f"{prefix}salient_", inner.get("salient", {})
+    return QuantizedTensor.from_parts(whole, facts)
 
 
 def load_schemes(path: Path) -> dict[str, Scheme]:
@@ -78,11 +102,17 @@ def load_schemes(path: Path) -> dict[str, Scheme]:
     return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
 
 
-def load_low_rank_names(path: Path) -> list[str]:
-    """Linears of one block that have a low-rank part; reads the file's header alone."""
-    suffix = f"{LOW_RANK}::left"
+def load_additions(path: Path) -> dict[str, str]:
+    """Linears of one block that have more than codes, scales and zero points: what more; reads the file's header alone."""
+    marks = {
+        f"{LOW_RANK}::left": "low-rank factors",
+        ".weight::outlier_values": "outliers",
+        ".weight::salient_columns": "salient columns",
+        ".weight::column_scale": "column scales",
+    }
     with open_file(path) as file:
-        return [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]
+        names = list(file.keys())
+    return {name.removesuffix(mark): what for mark, what in marks.items() for name in names if name.endswith(mark)}
 
 
 def load_changes(path: Path) -> Changes:
@@ -92,11 +122,9 @@ def load_changes(path: Path) -> Changes:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     changes: Changes = {name: tensor for name, tensor in tensors.items() if "::" not in name}
     for name, facts in schemes.items():
-        scheme = Scheme.model_validate(facts["scheme"])
-        codes = unpack_int32(tensors[f"{name}::codes"], scheme.weights.bits, facts["columns"]) + scheme.weights.grid.low
-        scale, zero = tensors[f"{name}::scale"], tensors.get(f"{name}::zero")
-        whole = codes.to(code_dtype(scheme.weights))
-        changes[name] = (QuantizedTensor(whole, scale, zero, scheme.weights, facts["of_tensor"]), scheme)
+        prefix = f"{name}::"
+        parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        changes[name] = (restore(parts, facts["facts"], facts["columns"]), Scheme.model_validate(facts["scheme"]))
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
     return changes

@@ -138,12 +138,16 @@ def check_selection(model: ModelHandle, method: Method, options: Selection) -> N
         for name in names:
             scheme = options.scheme_of(name)
             shape = model.linear_shape(name)
-            if scheme is None or scheme.weights.group is None or not shape[1] % scheme.weights.group:
+            if scheme is None or scheme.weights.group is None:
                 continue
-            fitting = [size for size in (32, 64, 128, 256) if shape[1] % size == 0]
+            divided = shape[1] if scheme.weights.group_along == "out_channel" else shape[0]
+            if not divided % scheme.weights.group:
+                continue
+            fitting = [size for size in (32, 64, 128, 256) if divided % size == 0]
             advice = f"use {', '.join(map(str, fitting))}" if fitting else "leave the group away"
             raise QtoolError(
-                f"{method.key}: {name}: {shape[1]} columns do not divide into groups of {scheme.weights.group}; {advice}"
+                f"{method.key}: {name}: {divided} {'columns' if divided == shape[1] else 'rows'} do not divide into groups "
+                f"of {scheme.weights.group}; {advice}"
             )
 
 

@@ -103,7 +103,8 @@ def change_linears(
         if isinstance(block.get(name), QuantLinear):
             raise QtoolError(f"{method.key}: {name} is quantized already; quantize once, and prune before it")
         scheme = options.scheme_of(name) if isinstance(options, SchemeSelection) else None
-        if method.rowwise and batches and batches[-1][0] == scheme:
+        is_rowwise = method.rowwise and (scheme is None or scheme.weights.is_rowwise)
+        if is_rowwise and batches and batches[-1][0] == scheme:
             batches[-1][1].append(name)
         else:
             batches.append((scheme, [name]))

@@ -1,6 +1,7 @@
 """The main path: one recipe, carried out step by step, each step kept so that a killed run goes on.
 
-calibrate -> transform -> quantize / prune / factorize / distill -> evaluate -> export -> evaluate exports' own bytes -> gates
+calibrate -> transform -> search -> quantize / prune / factorize / distill -> evaluate -> export -> evaluate exports' own
+bytes -> gates
 """
 
 import contextlib
@@ -18,12 +19,15 @@ from torch import Tensor
 from qtool.artifact import Artifact, Metric, is_intact
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
+from qtool.formats.allocation import SearchOptions
+from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, Selection, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.search import check_covered, check_search, found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
@@ -34,8 +38,10 @@ from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, ve
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
     """Carry out a recipe in the folder `out`; returns what results.json holds."""
     original = ModelHandle(recipe.model)
+    search = None
     for step in recipe.steps:
-        check_step(step, original)
+        check_step(step, original, search)
+        search = step if step.method.kind == "search" else search
     folder = RunFolder(out)
     folder.open({"recipe": recipe.digest, "model": digest_model(original.folder)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
@@ -47,11 +53,21 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     return run.finish()
 
 
-def check_step(step: Step, model: ModelHandle) -> None:
-    """What can be known to fail without a weight: patterns that match nothing, groups that do not divide."""
-    if isinstance(step.options, Selection):
-        with located(step):
-            check_selection(model, step.method, step.options)
+def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:
+    """What can be known to fail without a weight: patterns that match nothing, groups that do not divide.
+
+    `search` is the latest search step before this one.
+    """
+    options = step.options
+    with located(step):
+        if isinstance(options, SearchOptions):
+            check_search(model, step.method, options)
+        elif isinstance(options, SchemeSelection) and options.scheme == "search":
+            assert search is not None, "the recipe check asks for a search step before scheme: search"
+            assert isinstance(search.options, SearchOptions), f"{search.key}: options of a search are SearchOptions"
+            check_covered(model, step.method, options, search.options)
+        elif isinstance(options, Selection):
+            check_selection(model, step.method, options)
     if step.method.check is not None:
         with located(step):
             step.method.check(model, step.options)
@@ -86,10 +102,12 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.linears: dict[str, dict[str, Any]] = {}
+        self.searches: list[dict[str, Any]] = []
         self.exports: list[dict[str, Any]] = []
         self.fallbacks: list[str] = []
         self._compressed = original
         self._unquantized = original  # as the model was before the latest quantize steps that follow one another
+        self._schemes: dict[str, Scheme] = {}  # of every linear, as the latest search found them
         self._changed: str | None = None  # kind of the latest step that changed the model
 
     def carry_out(self, index: int, step: Step) -> None:
@@ -115,6 +133,9 @@ class Run:
         self.fallbacks += [f"{step.key}: {text}" for text in result.get("fallbacks", [])]
         for linear in result.get("linears", []):
             self.linears[linear["name"]] = {**self.linears.get(linear["name"], {}), **linear}
+        if isinstance(step.options, SearchOptions):
+            self.searches.append(result["search"])
+            self._schemes = found_schemes(step.options, result["search"])
         self.exports += result.get("exports", [])
         for text in result.get("fallbacks", []):
             self.progress.note(f"{step.key}: {text}")
@@ -142,7 +163,13 @@ class Run:
             assert isinstance(options, TrainingOptions), f"{step.key}: options of scope training are TrainingOptions"
             model, seed = self._compressed, self.recipe.seed
             return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
+        if method.kind == "search":
+            assert self.tokens is not None, "the recipe check asks for a calibrate step before search"
+            assert isinstance(options, SearchOptions), f"{step.key}: options of a search are SearchOptions"
+            return run_search(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
         if method.kind in CHANGING:
+            if isinstance(options, SchemeSelection) and options.scheme == "search":
+                options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
             unquantized = self._unquantized if method.kind == "factorize" else None
             return run_blockwise(
                 self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress, unquantized
@@ -196,6 +223,7 @@ class Run:
             "metrics": self.metrics,
             "model": {"path": self.recipe.model.path, **describe_model(self.original, self._compressed)},
             "blocks": [{"scheme": None, **linear} for linear in self.linears.values()],
+            "searches": self.searches,
             "stages": self.stages,
             "exports": self.exports,
             "gates": gates,
@@ -210,9 +238,10 @@ class Run:
 
 def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     """Export into a temporary folder, then give it its name: an interrupted export leaves nothing that looks finished."""
-    low_rank = [] if step.method.low_rank else model.low_rank_names()
-    if low_rank:
-        raise QtoolError(f"{step.key} cannot hold the low-rank factors of {low_rank[0]}; use export/safetensors")
+    additions = {} if step.method.holds_additions else model.additions()
+    if additions:
+        name, what = next(iter(additions.items()))
+        raise QtoolError(f"{step.key} cannot hold the {what} of {name}; use export/safetensors")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -44,7 +44,7 @@ from qtool.recipe.tree import (
 )
 
 Checked = TypeVar("Checked", bound=Options)
-ALWAYS_FED = ("transform", "distill")  # kinds that see text whatever statistics they need
+ALWAYS_FED = ("transform", "search", "distill")  # kinds that see text whatever statistics they need
 CHANGING = ("transform", "quantize", "prune", "factorize", "distill")  # kinds that change the model
 
 
@@ -190,6 +190,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     calibrated: str | None = None
     changed: str | None = None  # kind of the latest step that changes the model
     factorized: str | None = None
+    quantized: str | None = None
+    is_searched = False
     for number, item in enumerate(items, 1):
         if not isinstance(item, MappingNode) or len(item.value) != 1:
             hint = f'"{item.value}: {{}}"' if isinstance(item, ScalarNode) else "one kind/method: {options}"
@@ -202,6 +204,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             problems.append((key.start_mark, str(error)))
             if key.value.startswith("calibrate/"):  # a mistyped name is one problem, not one per step after it
                 calibrated = place(key.start_mark)
+            is_searched = is_searched or key.value.startswith("search/")
             changed = kind if (kind := key.value.split("/")[0]) in CHANGING else changed
             continue
         if method.kind == "calibrate":
@@ -210,9 +213,16 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             calibrated = calibrated or place(key.start_mark)
         if method.kind == "export" and any(step.key == method.key for step in steps):
             problems.append((key.start_mark, f"{method.key} stands here a second time; both would write one folder"))
-        if method.kind == "export" and factorized is not None and not method.low_rank:
+        if method.kind == "export" and factorized is not None and not method.holds_additions:
             text = f"{method.key} cannot hold the low-rank factors of {factorized}; use export/safetensors"
             problems.append((key.start_mark, text))
+        if method.kind == "search":
+            is_searched = True
+            if quantized is not None:
+                text = f"{method.key} chooses schemes of dense linears, but {quantized} quantizes before it; put it first"
+                problems.append((key.start_mark, text))
+        if method.kind == "quantize":
+            quantized = quantized or place(key.start_mark)
         if method.kind == "factorize":
             factorized = method.key
             if changed != "quantize":
@@ -228,6 +238,9 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if options is None:
             continue
         problems.extend(_find_cache_schemes(options, value, method.key))
+        if not is_searched and getattr(options, "scheme", None) == "search":
+            text = f"{method.key}: scheme is search, but no search step stands before it; put search/mixed_precision there"
+            problems.append((nearest_mark(value, ("scheme",), key.start_mark), text))
         steps.append(Step(method.key, method, options, place(key.start_mark)))
     return steps
 
@@ -238,7 +251,7 @@ def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Prob
 
     for name in type(options).model_fields:
         value = getattr(options, name)
-        for part in value.values() if isinstance(value, dict) else [value]:
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
             if isinstance(part, Scheme) and part.kv is not None:
                 text = f"{key}: {name}: {part}: no step quantizes the key/value cache; leave kv{part.kv.bits} away"
                 yield nearest_mark(node, (name,), node.start_mark), text

@@ -92,7 +92,10 @@ def test_snapping_twice_is_snapping_once(grid: CodebookGrid) -> None:
     params = grid.fit(w)
     once = grid.snap(w, params)
     assert torch.equal(grid.snap(once, params), once)
-    assert torch.equal(grid.snap(torch.zeros(16, 64), params), torch.zeros(16, 64))
+    if 0.0 in grid.table:
+        assert torch.equal(grid.snap(torch.zeros(16, 64), params), torch.zeros(16, 64))
+    zeros = torch.zeros(16, 64)
+    assert float(grid.snap(zeros, grid.fit(zeros)).abs().max()) <= 2.0**-14
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qtool.formats.packing import pack_int32, unpack_int32
+from qtool.formats.packing import n_words_of, pack_codes, pack_int32, unpack_codes, unpack_int32
 
 
 @pytest.mark.parametrize("columns", [1, 7, 10, 31, 32, 33, 96, 129])
@@ -41,3 +41,18 @@ def test_words_read_as_one_number_spell_the_codes(bits: int) -> None:
     row = sum(code << bits * i for i, code in enumerate(codes[0].tolist()))
     words = [word % 2**32 for word in pack_int32(codes, bits)[0].tolist()]
     assert sum(word << 32 * i for i, word in enumerate(words)) == row
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 33, 160])
+@pytest.mark.parametrize("n_levels", [2, 3, 5, 16, 65536])
+def test_codes_of_any_number_of_levels_come_back(n_levels: int, columns: int) -> None:
+    codes = torch.randint(0, n_levels, (5, columns), generator=torch.Generator().manual_seed(columns))
+    codes[0], codes[1] = 0, n_levels - 1
+    words = pack_codes(codes, n_levels)
+    assert words.shape == (5, n_words_of(columns, n_levels))
+    assert torch.equal(unpack_codes(words, n_levels, columns).long(), codes)
+
+
+def test_five_ternary_codes_take_a_byte_and_three_quinary_ones_seven_bits() -> None:
+    assert pack_codes(torch.tensor([[1, 2, 0, 0, 2]]), 3).tolist() == [[1 + 2 * 3 + 2 * 81]]
+    assert pack_codes(torch.tensor([[1, 2, 4, 3]]), 5).tolist() == [[(1 + 2 * 5 + 4 * 25) | 3 << 7]]

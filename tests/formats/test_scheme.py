@@ -19,6 +19,13 @@ SAME = {
         "activations": {"bits": 8},
         "kv": {"bits": 8},
     },
+    "nf4g64-asymf16": {"weights": {"format": "nf4", "group": 64, "symmetric": False, "zero_dtype": "float16"}},
+    "power3g32": {"weights": {"format": "power", "bits": 3, "group": 32}},
+    "ternaryg64": {"weights": {"format": "ternary", "group": 64}},
+    "w4a16g64-asym-dq": {
+        "weights": {"bits": 4, "group": 64, "symmetric": False, "double_quant": True, "scale_dtype": "float32"}
+    },
+    "nf4g64-ic": {"weights": {"format": "nf4", "group": 64, "group_along": "in_channel"}},
     "nf4g64": {"weights": {"format": "nf4", "group": 64}},
     "e4m3": {"weights": {"format": "e4m3", "bits": 8}},
     "nvfp4": {"weights": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"}},
@@ -47,7 +54,7 @@ def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
         Scheme.model_validate(text)
 
 
-@pytest.mark.parametrize("text", ["w1a16", "w9a16", "w4a16g4", "w4a2", "w4a16kv1"])
+@pytest.mark.parametrize("text", ["w0a16", "w9a16", "w4a16g4", "w4a2", "w4a16kv1"])
 def test_a_number_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="greater than or equal|less than or equal"):
         Scheme.model_validate(text)
@@ -57,11 +64,14 @@ def test_a_number_out_of_range_is_refused(text: str) -> None:
     ("weights", "fault"),
     [
         ({"format": "nf4", "bits": 3}, "nf4 has 4 bits, not 3"),
-        ({"format": "nf4", "symmetric": False}, "nf4 has no zero points"),
+        ({"format": "nf4", "symmetric": False}, "zero points of nf4 are no codes"),
+        ({"format": "power", "bits": 4, "symmetric": False, "zero_dtype": "float16"}, "power grids have .* no zero points"),
+        ({"bits": 1}, "int of one bit has no level above 0"),
+        ({"bits": 4, "double_quant": True}, "double_quant quantizes float32 scales"),
         ({"bits": 4, "symmetric": False, "scale_dtype": "float8_e8m0fnu"}, "zero points do not go with float8_e8m0fnu"),
         ({"bits": 4, "zero_dtype": "float16"}, "float16 zero points need symmetric: false"),
         ({"format": "nf4", "zero_dtype": "float16"}, "float16 zero points need symmetric: false"),
-        ({"format": "nf5"}, "'int', 'nf4'"),
+        ({"format": "nf5"}, "'int', 'power', 'nf4'"),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(weights: dict[str, object], fault: str) -> None:

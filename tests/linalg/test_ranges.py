@@ -27,7 +27,7 @@ def brute(w: torch.Tensor, grid: IntegerGrid, cost: object, steps: int) -> float
     """Least cost(error) over every shrunken range of one group w [group]."""
     costs = []
     for step in range(steps + 1):
-        shrink = 1 - (1 - ranges.SMALLEST) * step / steps
+        shrink = 1 - (1 - grid.smallest) * step / steps
         params = grid.fit_range(shrink * w.min().reshape(1), shrink * w.max().reshape(1))
         costs.append(float(cost((grid.snap(w, params) - w).double())))  # type: ignore[operator]
     return min(costs)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from qtool.errors import QtoolError
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.packing import pack_int32, unpack_int32
+from qtool.formats.scheme import WeightScheme
 from qtool.formats.tensor import to_groups
 from qtool.layers.quant_linear import QuantLinear
 from qtool.methods.export.compressed_tensors import CompressedTensorsOptions, compressed_tensors
@@ -24,6 +25,10 @@ from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
 
 ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def grouping(weights: dict[str, Any]) -> WeightScheme:
+    return WeightScheme(bits=weights["num_bits"], group=weights.get("group_size"))
 
 
 def save_by_the_library(folder: Path, out: Path, target: str, weights: dict[str, Any], activations: Any) -> None:
@@ -35,7 +40,7 @@ def save_by_the_library(folder: Path, out: Path, target: str, weights: dict[str,
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
             grid = IntegerGrid(weights["num_bits"], weights["symmetric"], "float32")
-            params = grid.fit(to_groups(module.weight.detach(), weights.get("group_size")))
+            params = grid.fit(to_groups(module.weight.detach(), grouping(weights)))
             module.weight_scale.data = params.scale.squeeze(-1)
             if params.zero is not None:
                 signed = params.zero.squeeze(-1) - (1 << (weights["num_bits"] - 1))
@@ -70,7 +75,7 @@ def test_it_reads_what_the_library_wrote(
         for name, linear in before.linears().items():
             layer = after.get(name)
             assert isinstance(layer, QuantLinear)
-            grouped = to_groups(weight_of(linear), weights.get("group_size"))
+            grouped = to_groups(weight_of(linear), grouping(weights))
             assert torch.equal(weight_of(layer), grid.snap(grouped, grid.fit(grouped)).flatten(1))
             assert (layer.activations is None) == (activations is None)
     assert "lm_head" not in model.schemes()
@@ -110,7 +115,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Mod
         (lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "contradict each other"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "8 words do not hold 64 codes of 3"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="dynamic"), "int group weights cannot be read"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=1), "scheme cannot be read: bits .* equal to 2"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=1), "scheme cannot be read: .* one bit"),
         (lambda c: c["config_groups"]["group_0"].update(weights=None), "group_0 quantizes no weights"),
         (lambda c: c["config_groups"].update(W4A16=["Linear"]), "W4A16 quantizes no weights"),
         (lambda c: c["config_groups"]["group_0"].update(output_activations=ACTIVATIONS), "quantized outputs .* cannot be read"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qtool.artifact import Metric
 from qtool.calibration.tokens import TextOptions, check_length, read_tokens
+from qtool.linalg.divergence import kl
 from qtool.model.handle import ModelHandle
 from qtool.registry import Method
 
@@ -36,9 +37,9 @@ def kl_divergence(model: ModelHandle, reference: ModelHandle, options: KlOptions
         for handle in {model, reference}:
             stack.enter_context(handle.outer())
         for sample, original_sample in zip(hidden.split(1), original.split(1), strict=True):  # one window at a time
-            q = model.logits(sample)[0, :-1].float().log_softmax(-1)  # [length - 1, vocab]
-            p = reference.logits(original_sample)[0, :-1].float().log_softmax(-1).to(q.device)  # [length - 1, vocab]
-            divergences.append((p.exp() * (p - q)).sum(-1).double().mean())
+            q = model.logits(sample)[0, :-1]  # [length - 1, vocab], logits
+            p = reference.logits(original_sample)[0, :-1].to(q.device)  # [length - 1, vocab]
+            divergences.append(kl(p, q).double().mean())
             agreements.append((p.argmax(-1) == q.argmax(-1)).double().mean())
     return [
         metric("kl_divergence", options.source, torch.stack(divergences), "nats/token"),

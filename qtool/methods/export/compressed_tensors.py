@@ -87,6 +87,8 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
     for name, scheme in schemes.items():
         if scheme.weights.format != "int" or scheme.weights.scale_dtype.startswith("float8"):
             raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds whole numbers; use export/safetensors")
+        if scheme.weights.double_quant or scheme.weights.group_along != "out_channel":
+            raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds plain scales along `in`; use export/safetensors")
         if scheme.weights.zero_dtype != "int":
             raise QtoolError(
                 f"{WHERE}: {name}: {scheme}: zero points must be codes, as in w4a16g128-asym; quantize so, or use "
@@ -179,7 +181,7 @@ def as_bytes(quantized: QuantizedTensor) -> dict[str, Tensor]:
 
 def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Weights [out, in] as the format's readers decode them: they hold scales, and multiply, in the model's dtype."""
-    grouped = to_groups(quantized.codes.to(torch.int16), quantized.scheme.group)  # [out, groups, group]
+    grouped = to_groups(quantized.codes.to(torch.int16), quantized.scheme)  # [out, groups, group]
     if quantized.zero is not None:
         grouped = grouped - quantized.zero.unsqueeze(-1)
     return (grouped.to(dtype) * quantized.scale.to(dtype).unsqueeze(-1)).flatten(1)

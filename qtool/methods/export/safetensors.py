@@ -29,7 +29,7 @@ def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> A
                 "quantize weights only (such as w8a16), or use export/compressed_tensors"
             )
     write_checkpoint(model, out)
-    return describe_folder("safetensors", out, lossless=not model.low_rank_names())
+    return describe_folder("safetensors", out, lossless=not model.additions())
 
 
-METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", low_rank=True)
+METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", holds_additions=True)

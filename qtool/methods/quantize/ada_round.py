@@ -24,7 +24,7 @@ from torch import Tensor
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.scheme import SchemeSelection, WeightScheme
-from qtool.formats.tensor import QuantizedTensor, assemble, quantize, to_groups
+from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, quantize, settle, to_groups
 from qtool.linalg.ranges import plain_cost, search_range
 from qtool.options import Sequential
 from qtool.registry import Method
@@ -47,8 +47,9 @@ def ada_round(
     W: Tensor, stats: LayerStats, scheme: WeightScheme, options: AdaRoundOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
     """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups or H is not finite."""
-    grid, grouped = scheme.grid.for_tensor(W), to_groups(W, scheme.group)  # [out, groups, group]
-    params = grid.fit(grouped) if options.range == "minmax" else search_range(grouped, grid, plain_cost)
+    grouped = to_groups(W, scheme)  # [out, groups, group]
+    grid = scheme.grid.for_tensor(grouped)
+    params = settle(grid.fit(grouped) if options.range == "minmax" else search_range(grouped, grid, plain_cost), scheme)
     nearest = quantize(W, scheme, params)
     if stats.n_tokens == 0:
         note("no calibration token reached it; rounded to nearest")
@@ -57,13 +58,13 @@ def ada_round(
     if not torch.isfinite(H).all():
         raise QtoolError("the Hessian holds NaN or infinity; check the model's weights and load it with dtype: float32")
     below, above = grid.neighbours(grouped, params)  # [out, groups, group]
-    low, high = grid.decode(below, params).flatten(1), grid.decode(above, params).flatten(1)  # [out, in]
+    low, high = (from_groups(grid.decode(codes, params), scheme) for codes in (below, above))  # [out, in]
     gap = (high - low).masked_fill(W == low, 0)  # [out, in]
     r = error_of(nearest.dequantize() - W, H)  # [out, 1]
     V = learn(W, H, low, gap, r, options)  # [out, in]
     is_up = (V >= 0) & (gap > 0)
     is_better = error_of(low + gap * is_up - W, H) < r  # [out, 1]
-    codes = torch.where(is_up, above.flatten(1), below.flatten(1))  # [out, in]
+    codes = torch.where(is_up, from_groups(above, scheme), from_groups(below, scheme))  # [out, in]
     return assemble(torch.where(is_better, codes, nearest.codes.float()), params, scheme, grid)
 
 

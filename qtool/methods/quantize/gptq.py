@@ -22,9 +22,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
+from qtool.errors import QtoolError
 from qtool.formats.integer import Params
 from qtool.formats.scheme import Grid, SchemeSelection, WeightScheme
-from qtool.formats.tensor import QuantizedTensor, assemble, code_dtype, to_groups
+from qtool.formats.tensor import QuantizedTensor, assemble, code_dtype, settle, to_groups
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
 from qtool.linalg.sweep import sweep
@@ -65,9 +66,12 @@ def gptq(
     if stats.n_tokens == 0:
         note("no calibration token reached it; rounded to nearest")  # its H is zero, U is the identity
     H = stats.hessian()  # [in, in]
-    grid, grouped = scheme.grid.for_tensor(W), to_groups(W, scheme.group)  # [out, groups, group]
-    n_out, n_groups, group = grouped.shape
-    order = order_columns(H.diagonal(), group, options.act_order)  # [in]
+    grouped = to_groups(W, scheme)  # [out, groups, group], along in_channel [in, groups, group]
+    grid, along_in = scheme.grid.for_tensor(grouped), scheme.group_along == "in_channel"
+    check(scheme, options, grouped.shape[1])
+    n_rows, n_groups, group = grouped.shape
+    act_order = "static" if along_in and options.act_order == "group" else options.act_order
+    order = order_columns(H.diagonal(), group, act_order)  # [in]
     U = inverse_factor(H, options.damp, note, order)  # [in, in]
     curvature = U.diagonal() ** -2  # [in], in turn
 
@@ -75,8 +79,9 @@ def gptq(
     pruned = columns == 0  # [in, out]: exact zeros stay zero, so that a sparse layer keeps its pattern
     is_sparse = bool(pruned.any())
     codes = torch.empty_like(columns, dtype=code_dtype(scheme))  # [in, out], as W stands
-    scale, zero = W.new_ones(n_groups, n_out), W.new_zeros(n_groups, n_out)
+    scale, zero = W.new_ones(n_groups, n_rows), W.new_zeros(n_groups, n_rows)
     turns = order.tolist()
+    second = None
 
     def begin(start: int, stop: int) -> None:
         if not is_fitted:
@@ -84,21 +89,38 @@ def gptq(
             now = columns[start:stop].T.unsqueeze(1)  # [out, 1, group]
             fit(scale[g : g + 1], zero[g : g + 1], now, curvature[None, start:stop], grid, options)
 
-    def settle(c: int, w: Tensor) -> Tensor:
-        g = turns[c] // group
-        params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
+    def settle_column(c: int, w: Tensor) -> Tensor:
         w = w.masked_fill(pruned[c], 0) if is_sparse else w
-        q = grid.encode(w, params)  # [out]
-        codes[turns[c]] = q
-        return grid.decode(q, params)
+        if along_in:
+            row = slice(turns[c], turns[c] + 1)
+            w = w.view(n_groups, group)
+            fit(scale[:, row], zero[:, row], w.unsqueeze(0), torch.ones_like(w), grid, options)
+            params = Params(scale[:, row], None if scheme.symmetric else zero[:, row])  # [groups, 1]
+        else:
+            g = turns[c] // group
+            params = Params(scale[g], None if scheme.symmetric else zero[g])  # [out]
+        q = grid.encode(w, params)
+        codes[turns[c]] = q.flatten()
+        return grid.decode(q, params).flatten()
 
-    is_fitted = options.act_order == "static" or n_groups == 1
-    if is_fitted:
+    is_fitted = options.act_order == "static" or n_groups == 1 or along_in
+    if is_fitted and not along_in:
         fit(scale, zero, grouped, curvature[order.argsort()].view(n_groups, group), grid, options)
+        settled = settle(Params(scale.T.unsqueeze(-1), None), scheme)
+        scale, second = settled.scale.squeeze(-1).T, settled.second
     del W, grouped  # `columns` holds them now
-    sweep(columns, U, LEAF if is_fitted else group, begin, settle, pull(stats, U, order, options.alpha, note))
-    params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1))  # [out, groups, 1]
+    sweep(columns, U, LEAF if is_fitted else group, begin, settle_column, pull(stats, U, order, options.alpha, note))
+    params = Params(scale.T.unsqueeze(-1), None if scheme.symmetric else zero.T.unsqueeze(-1), second)  # [out, groups, 1]
     return assemble(codes.T.contiguous(), params, scheme, grid)
+
+
+def check(scheme: WeightScheme, options: GptqOptions, n_groups: int) -> None:
+    """Raise QtoolError for schemes whose columns cannot be settled one by one."""
+    if scheme.grid.width > 1:
+        raise QtoolError(f"codes of {scheme.format} hold {scheme.grid.width} columns; use quantize/lattice")
+    is_late = scheme.group_along == "in_channel" or (options.act_order != "static" and n_groups > 1)
+    if scheme.double_quant and is_late:
+        raise QtoolError("scales that are quantized themselves must be known beforehand: use act_order: static, without -ic")
 
 
 def pull(stats: LayerStats, U: Tensor, order: Tensor, alpha: float, note: Callable[[str], None]) -> Tensor | None:

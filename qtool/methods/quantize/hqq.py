@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.integer import IntegerGrid, Params
+from qtool.formats.integer import Params
 from qtool.formats.scheme import Grid, SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.registry import Method
@@ -40,7 +40,8 @@ def hqq(
     W: Tensor, stats: LayerStats | None, scheme: WeightScheme, options: HqqOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
     """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups."""
-    grid, w = scheme.grid.for_tensor(W), to_groups(W, scheme.group)  # [out, groups, group]
+    w = to_groups(W, scheme)  # [out, groups, group]
+    grid = scheme.grid.for_tensor(w)
     params = best = grid.fit(w)
     least, beta = torch.full_like(best.scale, torch.inf), options.beta
     for step in range(options.steps + 1):
@@ -62,8 +63,8 @@ def shrink(error: Tensor, p: float, beta: float) -> Tensor:
 
 def update(target: Tensor, q: Tensor, params: Params, grid: Grid) -> Params:
     """Params that fit codes q to the target W - E, both [out, groups, group], by least squares, rounded as stored."""
-    if params.zero is not None and isinstance(grid, IntegerGrid) and grid.zero_dtype != "int":
-        return Params(params.scale, grid.round_zero((q - target / params.scale).mean(-1, keepdim=True)))
+    if params.zero is not None and grid.zero_dtype != "int":
+        return Params(params.scale, grid.round_zero((grid.levels(q) - target / params.scale).mean(-1, keepdim=True)))
     level = grid.levels(q) if params.zero is None else q - params.zero  # [out, groups, group]
     squares = level.square().sum(-1, keepdim=True)  # [out, groups, 1]
     scale = (level * target).sum(-1, keepdim=True) / squares.clamp(min=torch.finfo(torch.float32).tiny)

@@ -22,6 +22,7 @@ from qtool.linalg.ranges import (
     output_cost,
     plain_cost,
     search_range,
+    squared_cost,
     weighted_cost,
 )
 from qtool.options import Needs, Sequential
@@ -44,15 +45,19 @@ def rtn(
     """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups."""
     if options.range == "minmax":
         return quantize(W, scheme)
-    grouped = to_groups(W, scheme.group)  # [out, groups, group]
-    cost = _cost(grouped.shape[-1], stats, options, note)
+    grouped = to_groups(W, scheme)  # [out, groups, group]
+    cost = _cost(grouped.shape[-1], stats, scheme, options, note)
     steps = FINE_STEPS if options.range == "output" else STEPS
-    return quantize(W, scheme, search_range(grouped, scheme.grid.for_tensor(W), cost, steps))
+    return quantize(W, scheme, search_range(grouped, scheme.grid.for_tensor(grouped), cost, steps))
 
 
-def _cost(group: int, stats: LayerStats | None, options: RtnOptions, note: Callable[[str], None]) -> Cost:
+def _cost(
+    group: int, stats: LayerStats | None, scheme: WeightScheme, options: RtnOptions, note: Callable[[str], None]
+) -> Cost:
     if options.range == "mse":
         return plain_cost
+    if scheme.group_along == "in_channel":  # a group's weights see one input: its outputs' errors are its weights', scaled
+        return squared_cost
     assert stats is not None, "rtn with data-driven ranges runs on statistics"
     if stats.n_tokens == 0:
         note("no calibration token reached it; its ranges are searched by plain error")

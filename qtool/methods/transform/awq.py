@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.scheme import Scheme, WeightScheme
-from qtool.formats.tensor import to_groups
+from qtool.formats.tensor import from_groups, quantize, to_groups
 from qtool.model.handle import Block
 from qtool.model.wiring import Edits, Scaling, edited_weight, scale_edits
 from qtool.options import Options
@@ -59,9 +59,9 @@ def awq(
 
 def candidates(W: Tensor, activation: Tensor, spread: Tensor, options: AwqOptions) -> Iterator[Tensor]:
     """Scales [channels of source] to try: first all ones, then both forms for every exponent."""
-    group = options.scheme.weights.group
-    grouped = to_groups(W.abs(), group)
-    m = (grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).mean(0)  # [in]
+    grouped = to_groups(W.abs(), options.scheme.weights)
+    shares = grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-12)
+    m = from_groups(shares, options.scheme.weights).mean(0)  # [in]
     a, m = per_source_mean(activation, spread), per_source_mean(m, spread)
     yield torch.ones_like(a)
     for step in range(1, options.grid + 1):
@@ -73,9 +73,7 @@ def candidates(W: Tensor, activation: Tensor, spread: Tensor, options: AwqOption
 
 def output_loss(W: Tensor, s: Tensor, H: Tensor, scheme: WeightScheme) -> float:
     """tr(D H Dᵀ) of rounding W [out, in] under the scale s [in]."""
-    grid = scheme.grid.for_tensor(W * s)
-    grouped = to_groups(W * s, scheme.group)
-    D = grid.snap(grouped, grid.fit(grouped)).flatten(1) / s - W  # [out, in]
+    D = quantize(W * s, scheme).dequantize() / s - W  # [out, in]
     return float(((D @ H) * D).sum())
 
 
