@@ -3,7 +3,8 @@
 A job is a JSON file with the fields of `Job`. A runner leaves two files in `out`:
 `weights.safetensors` holds every parameter of the final model in float32 under its transformers name, the quantized
 ones dequantized from the peer's own codes, scales and zeros; `result.json` holds settings, seconds, memory and a note.
-Nothing is written unless the weights pass the checks of `check_levels` and `check_logits`.
+Nothing is written unless the weights pass the checks of `check_levels`, `check_e2m1` and `check_logits`.
+`bits_per_weight` counts what the tool stores for the quantized linears, see `stored_bits`.
 """
 
 import json
@@ -17,21 +18,27 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-METHODS = ("rtn", "gptq", "awq")
 MAX_LOGIT_ERROR = 0.01  # relative L2; both models round to bfloat16 (2^-9), a few times per block
+E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of NVFP4's elements, without 0
+INDICES = ("g_idx", "weight_shape", "bias")  # of a linear's stored tensors, what is no code, scale or zero point
 
 
 @dataclass(frozen=True)
 class Job:
-    """model: checkpoint folder; tokens: safetensors file; out: folder to create; options: the tool's own arguments."""
+    """model: checkpoint folder; tokens: safetensors file; out: folder to create; options: the tool's own arguments.
+
+    format: int, nf4, fp4 (bitsandbytes' table) or nvfp4.
+    """
 
     model: Path
     tokens: Path
     method: str
+    format: str
     bits: int
     group: int
     symmetric: bool
@@ -47,6 +54,7 @@ class Outcome:
     peak_rss_gib: float
     logits: Tensor  # [length, vocab] of the tool's own quantized model on the first sample
     weights: dict[str, Tensor]
+    bits_per_weight: float
     note: str
 
 
@@ -73,8 +81,6 @@ def read_job() -> Job:
     known = {field.name for field in fields(Job)}
     if set(raw) != known:
         fail(f"{sys.argv[1]}: fields {sorted(raw)} must be {sorted(known)}")
-    if raw["method"] not in METHODS:
-        fail(f"{sys.argv[1]}: method {raw['method']!r} must be one of {METHODS}")
     return Job(**{**raw, **{name: Path(raw[name]) for name in ("model", "tokens", "out")}})
 
 
@@ -97,6 +103,11 @@ def block_linears(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Name of the output embedding, which stays as it is."""
+    return [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+
+
 def peak_rss_gib() -> float:
     """Peak resident memory of this process up to now (Linux counts in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -112,6 +123,44 @@ def max_levels(weight: Tensor, group: int) -> int:
     """Most distinct values in any row's group of a weight [out, in]."""
     ordered = weight.reshape(len(weight), -1, group).sort(-1).values  # [out, in / group, group]
     return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
+
+
+def stored_bits(folder: Path, linears: list[str], n_weights: int) -> float:
+    """Bits per weight of what the safetensors files in `folder` hold for the linears, `n_weights` weights in all.
+
+    Counted are codes as packed, scales and zero points, as the tool stores them. Not counted are biases, and orders of
+    columns and shapes (`g_idx`, `weight_shape`), which are as nothing in large models.
+    """
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                linear, _, last = name.rpartition(".")
+                if linear in linears and last not in INDICES:
+                    total += file.get_tensor(name).nbytes
+    if not total:
+        fail(f"{folder}: no tensor of {linears[0]} in it")
+    return 8 * total / n_weights
+
+
+def count_weights(model: nn.Module, linears: list[str]) -> int:
+    """How many weights the linears have, of a model that still has them."""
+    return sum(model.get_parameter(f"{name}.weight").numel() for name in linears)
+
+
+def check_e2m1(weights: dict[str, Tensor], linears: list[str]) -> None:
+    """Every 16 neighbouring weights must be E2M1 levels under one scale, or the run fails."""
+    levels = torch.tensor((0.0, *E2M1))
+    for name in linears:
+        w = weights[f"{name}.weight"].abs().reshape(-1, 16)  # [groups, 16]
+        top = w.amax(-1, keepdim=True)  # [groups, 1]
+        fits = torch.zeros(len(w), dtype=torch.bool)
+        for level in E2M1:  # the largest weight is one of them
+            ratio = w * level / top.clamp(min=1e-30)
+            nearest = levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)]
+            fits |= ((ratio - nearest).abs() < 1e-3).all(-1)
+        if not fits.all():
+            fail(f"{name}: {int((~fits).sum())} of {len(fits)} groups are no E2M1 levels under one scale")
 
 
 def check_levels(job: Job, weights: dict[str, Tensor], linears: list[str]) -> None:
@@ -150,16 +199,15 @@ def write_result(job: Job, tool: str, version: str, outcome: Outcome, sample: Te
         fail(f"parameters on one side only: {sorted(missing)[:4]}")
     linears = block_linears(model)
     check_levels(job, outcome.weights, linears)
+    if job.format == "nvfp4":
+        check_e2m1(outcome.weights, linears)
     logits = check_logits(model, outcome, sample)
     job.out.mkdir(parents=True, exist_ok=True)
     save_file(outcome.weights, job.out / "weights.safetensors")
     result = {
         "tool": tool,
         "version": version,
-        "method": job.method,
-        "bits": job.bits,
-        "group": job.group,
-        "symmetric": job.symmetric,
+        "bits_per_weight": outcome.bits_per_weight,
         "seconds": outcome.seconds,
         "peak_rss_gib": outcome.peak_rss_gib,
         "note": f"{outcome.note}; {len(linears)} linears; {logits}",

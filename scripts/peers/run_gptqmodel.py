@@ -1,13 +1,15 @@
-"""Quantize a checkpoint with gptqmodel (RTN, GPTQ or AWQ) for comparison; run with its own venv's python.
+"""Quantize a checkpoint with gptqmodel (RTN, GPTQ, GPTAQ or AWQ) for comparison; run with its own venv's python.
 
     OMP_NUM_THREADS=2 DIR/peer-gptqmodel/bin/python run_gptqmodel.py JOB.json
 
 Settings are the defaults of RTNConfig, GPTQConfig (group-aware activation order, 5% damping) and AWQConfig (20 grid
 points, duo scaling, clip search), at the job's bits, group and symmetry, unless `options` names another argument.
+GPTAQ is GPTQConfig with a GPTAQConfig, whose alpha is 0.25.
 Only `offload_to_disk` is off, so that the packed layers stay in memory.
 Dequantization: the packed layers' own unpacking (`TorchLinear.dequantize_weight`, AWQ: `dequantize_gemm`) with their
 16-bit scales widened to float32. The layers as packed multiply in the scales' 16 bits; that rounding is left out of
 the weights and, by widening the layers' scales in place, of the logits they are checked against.
+Bits per weight: of the checkpoint it saves, whose zero points are there even where they are all the same.
 RTN and GPTQ leave their layers packed for the checkpoint (format `gptq`: zeros less one), which their own forward
 misreads by one code; the tool's load-time `convert_gptq_v1_to_v2_format_module` is applied first, as its loader does.
 
@@ -23,12 +25,16 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import peer_job
 import torch
 from peer_job import Job, Outcome
 from torch import Tensor
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from gptqmodel.models.base import BaseQModel
 
 
 def record_warnings() -> list[str]:
@@ -50,16 +56,18 @@ def record_warnings() -> list[str]:
     return messages
 
 
-def quantize(job: Job, tokens: Tensor) -> tuple[PreTrainedModel, list[str], float, str]:
-    """Load and quantize with calibration tokens [samples, length]; returns model, linears, wall seconds, note."""
+def quantize(job: Job, tokens: Tensor) -> tuple["BaseQModel", list[str], int, float, str]:
+    """Load and quantize with calibration tokens [samples, length]; returns model, linears, their weights, seconds, note."""
     from gptqmodel import GPTQModel, extension
-    from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig
+    from gptqmodel.quantization.config import AWQConfig, GPTAQConfig, GPTQConfig, RTNConfig
 
-    config_class = {"rtn": RTNConfig, "gptq": GPTQConfig, "awq": AWQConfig}[job.method]
+    config_class = {"rtn": RTNConfig, "gptq": GPTQConfig, "gptaq": GPTQConfig, "awq": AWQConfig}[job.method]
     settings = {"bits": job.bits, "group_size": job.group, "sym": job.symmetric, "device": "cpu"}
+    settings |= {"gptaq": GPTAQConfig()} if job.method == "gptaq" else {}
     config = config_class(**settings, **{"offload_to_disk": False, **job.options})
     peer = GPTQModel.load(str(job.model), config)
     linears = peer_job.block_linears(peer.model)
+    n_weights = peer_job.count_weights(peer.model, linears)
     packer = "C++" if extension.is_available("pack_block_cpu") else "Python"
     ones = torch.ones_like(tokens)
     rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
@@ -70,7 +78,7 @@ def quantize(job: Job, tokens: Tensor) -> tuple[PreTrainedModel, list[str], floa
     seconds = time.perf_counter() - start
     fallbacks = sum("fallback" in str(entry.get("loss")) for entries in log.values() for entry in entries)
     note = f"{packer} packer compiled beforehand; {fallbacks} fallbacks; warnings: {peer_job.count_messages(messages)}"
-    return peer.model, linears, seconds, note
+    return peer, linears, n_weights, seconds, note
 
 
 @torch.no_grad()
@@ -109,12 +117,14 @@ def main() -> None:
     if (os.cpu_count() or 1) < 3:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     tokens = peer_job.read_tokens(job)
-    model, linears, seconds, note = quantize(job, tokens)
+    peer, linears, n_weights, seconds, note = quantize(job, tokens)
     peak = peer_job.peak_rss_gib()
-    weights = dequantize(model, linears)
+    peer.save(str(job.out / "packed"))  # before dequantize, which changes the layers in place
+    bits = peer_job.stored_bits(job.out / "packed", linears, n_weights)
+    weights = dequantize(peer.model, linears)
     with torch.no_grad():
-        logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
-    outcome = Outcome(seconds, peak, logits, weights, note)
+        logits = peer.model(tokens[:1]).logits[0].float()  # [length, vocab]
+    outcome = Outcome(seconds, peak, logits, weights, bits, note)
     peer_job.write_result(job, "gptqmodel", version("gptqmodel"), outcome, tokens[0])
 
 

@@ -1,11 +1,14 @@
-"""Quantize a checkpoint with llmcompressor (RTN, GPTQ or AWQ) for comparison; run with its own venv's python.
+"""Quantize a checkpoint with llmcompressor (RTN, GPTQ, AWQ or AutoRound) for comparison; run with its own venv's python.
 
     OMP_NUM_THREADS=2 DIR/peer-llmcompressor/bin/python run_llmcompressor.py JOB.json
 
-Settings are the tool's own: the scheme is its W4A16 preset (W4A16_ASYM if asymmetric) at the job's bits and group;
-modifiers keep their defaults (GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points, duo
-scaling, then plain rounding) unless `options` names an argument of GPTQModifier, AWQModifier or QuantizationModifier.
+Settings are the tool's own: the scheme is its W4A16 preset (W4A16_ASYM if asymmetric) at the job's bits and group, or
+NVFP4A16; modifiers keep their defaults (GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points,
+duo scaling, then plain rounding; AutoRound: 200 iterations of 8 windows) unless `options` names an argument of the
+method's modifier. AutoRound runs without its `enable_torch_compile`, which takes three times as long on a CPU. Its zero
+points do not reach the layers (the modifier maps scales alone), so only symmetric jobs make sense.
 Dequantization: the tool's own codes (its `quantize`, as its exporter calls it) times its scales, in float32.
+Bits per weight: of the checkpoint it saves, in the compressed-tensors format.
 
 Patch: `torch.Tensor.pin_memory` returns its tensor. AWQ pins its cached activations unasked before each grid search
 (`IntermediatesCache.pin_memory`), which raises where there is no accelerator. Pinning changes no value.
@@ -27,20 +30,26 @@ from transformers import PreTrainedModel
 def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, str]:
     """Quantize `model` in place with calibration tokens [samples, length]; returns wall seconds and a note."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import NVFP4A16
     from llmcompressor import oneshot
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from loguru import logger
 
-    args = QuantizationArgs(num_bits=job.bits, strategy="group", group_size=job.group, symmetric=job.symmetric)
-    target = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}, "ignore": ["lm_head"]}
-    if job.method == "rtn":
-        recipe = [QuantizationModifier(**target, **job.options)]
-    elif job.method == "gptq":
-        recipe = [GPTQModifier(**target, **job.options)]
+    if job.format == "nvfp4":
+        args = NVFP4A16["weights"]
     else:
+        args = QuantizationArgs(num_bits=job.bits, strategy="group", group_size=job.group, symmetric=job.symmetric)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
+    target = {"config_groups": groups, "ignore": peer_job.head_names(model)}
+    if job.method == "awq":
         recipe = [AWQModifier(**job.options), QuantizationModifier(**target)]
+    else:
+        options = {"enable_torch_compile": False} if job.method == "autoround" else {}
+        modifiers = {"rtn": QuantizationModifier, "gptq": GPTQModifier, "autoround": AutoRoundModifier}
+        recipe = [modifiers[job.method](**target, **options | job.options)]
     ones = torch.ones_like(tokens)
     rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
     data = None if job.method == "rtn" else DataLoader(rows, batch_size=1)
@@ -70,8 +79,10 @@ def dequantize(model: PreTrainedModel, names: list[str], linears: list[str]) -> 
         module = model.get_submodule(name)
         args = module.quantization_scheme.weights
         scale, zero = module.weight_scale, module.weight_zero_point  # [out, in / group]
-        codes = quantize(module.weight, scale, zero, args, dtype=torch.int8)  # [out, in]
-        weights[f"{name}.weight"] = dequantize(codes, scale.float(), zero, args)  # [out, in]
+        whole = getattr(module, "weight_global_scale", None)  # NVFP4's, of the whole tensor
+        dtype = None if args.type == "float" else torch.int8  # of the codes; None: the weight's own holds E2M1's levels
+        codes = quantize(module.weight, scale, zero, args, dtype, global_scale=whole)  # [out, in]
+        weights[f"{name}.weight"] = dequantize(codes, scale.float(), zero, args, global_scale=whole)  # [out, in]
     return weights
 
 
@@ -91,7 +102,11 @@ def main() -> None:
         peer_job.fail(f"quantized {len(quantized)} modules, must be the {len(linears)} linears of the blocks")
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
-    outcome = Outcome(seconds, peak, logits, dequantize(model, names, linears), note)
+    weights = dequantize(model, names, linears)
+    n_weights = peer_job.count_weights(model, linears)
+    model.save_pretrained(job.out / "packed", save_compressed=True)
+    bits = peer_job.stored_bits(job.out / "packed", linears, n_weights)
+    outcome = Outcome(seconds, peak, logits, weights, bits, note)
     peer_job.write_result(job, "llmcompressor", version("llmcompressor"), outcome, tokens[0])
 
 
