@@ -33,6 +33,7 @@ class Method:
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
     holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
+    schemes: tuple[str, ...] = ()  # a quantizer that takes few schemes: some of them, for the laws to try
     key: str = ""
 
     @property

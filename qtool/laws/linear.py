@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.low_rank import LowRank
-from qtool.formats.packing import unpack_int32
+from qtool.formats.packing import unpack_codes
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.options import Options
@@ -62,7 +62,7 @@ def run_quantize(method: Method, scheme: str, problem: Problem) -> QuantizedTens
 
 def codes_in_range(method: Method) -> None:
     """Codes, zero points and shapes are what the scheme says."""
-    for scheme in SCHEMES:
+    for scheme in method.schemes or SCHEMES:
         problem = linear_problem()
         tensor = run_quantize(method, scheme, problem)
         grid = tensor.scheme.grid
@@ -81,15 +81,15 @@ def codes_in_range(method: Method) -> None:
 
 def packing_is_lossless(method: Method) -> None:
     """Packed codes unpack to themselves."""
-    for scheme in SCHEMES:
+    for scheme in method.schemes or SCHEMES:
         tensor = run_quantize(method, scheme, linear_problem())
-        unpacked = unpack_int32(tensor.packed(), tensor.scheme.bits, IN) + tensor.scheme.grid.low
+        unpacked = unpack_codes(tensor.packed(), tensor.scheme.grid.n_levels, tensor.codes.shape[1]) + tensor.scheme.grid.low
         assert torch.equal(unpacked.int(), tensor.codes.int()), f"{scheme}: packing changes codes"
 
 
 def grid_points_stay(method: Method) -> None:
     """Rounding the result once more, by its own params, changes no code."""
-    for scheme in SCHEMES:
+    for scheme in method.schemes or SCHEMES:
         tensor = run_quantize(method, scheme, linear_problem())
         again = quantize(tensor.dequantize(), tensor.scheme, tensor.params())
         assert torch.equal(again.codes, tensor.codes), f"{scheme}: values are not on the grid of their params"
@@ -97,7 +97,7 @@ def grid_points_stay(method: Method) -> None:
 
 def quantizing_is_deterministic(method: Method) -> None:
     """Two runs give the same bits, and statistics are not used up."""
-    for scheme in SCHEMES:
+    for scheme in method.schemes or SCHEMES:
         first, second = (run_quantize(method, scheme, linear_problem()) for _ in range(2))
         is_same = torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
         assert is_same, f"{scheme}: two runs differ"
@@ -105,7 +105,7 @@ def quantizing_is_deterministic(method: Method) -> None:
 
 def loss_is_no_worse_than_rounding(method: Method) -> None:
     """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range."""
-    for scheme in SCHEMES:
+    for scheme in method.schemes or SCHEMES:
         if method.needed(method.options.model_validate({"scheme": scheme})) != ():
             problem = linear_problem()
             tensor = run_quantize(method, scheme, problem)
@@ -118,7 +118,7 @@ def loss_is_no_worse_than_rounding(method: Method) -> None:
 def quantizing_rows_apart_is_the_same(method: Method) -> None:
     """A rowwise method gives an output channel the same codes with other channels beside it and without."""
     if method.rowwise:
-        for scheme in SCHEMES:
+        for scheme in method.schemes or SCHEMES:
             problem = linear_problem()
             whole = run_quantize(method, scheme, problem)
             half = run_quantize(method, scheme, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))

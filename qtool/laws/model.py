@@ -100,7 +100,7 @@ def quantize_first_block(method: Method, folder: Path, scheme: str) -> tuple[Blo
 def every_linear_of_the_block_is_quantized(method: Method) -> None:
     """Each gets its scheme, codes in range and a scale for every group; the block itself is left as it was."""
     with tiny_checkpoint() as folder:
-        for scheme in BLOCK_SCHEMES:
+        for scheme in method.schemes or BLOCK_SCHEMES:
             block, hidden, targets, found = quantize_first_block(method, folder, scheme)
             assert list(found) == list(block.linears()), f"{method.key} quantizes {', '.join(found)}"
             for name, tensor in found.items():
@@ -116,7 +116,7 @@ def every_linear_of_the_block_is_quantized(method: Method) -> None:
 def quantizing_a_block_is_deterministic(method: Method) -> None:
     """Two runs with one seed give the same bits."""
     with tiny_checkpoint() as folder:
-        first, second = (quantize_first_block(method, folder, BLOCK_SCHEMES[0])[-1] for _ in range(2))
+        first, second = (quantize_first_block(method, folder, (method.schemes or BLOCK_SCHEMES)[0])[-1] for _ in range(2))
         for name, tensor in first.items():
             is_same = torch.equal(tensor.codes, second[name].codes) and torch.equal(tensor.scale, second[name].scale)
             assert is_same, f"{method.key}: {name}: two runs differ"
@@ -125,7 +125,7 @@ def quantizing_a_block_is_deterministic(method: Method) -> None:
 def the_blocks_error_is_no_worse_than_roundings(method: Method) -> None:
     """The squared error of the block's output is at most that of rounding every linear to nearest."""
     with tiny_checkpoint() as folder:
-        for scheme in BLOCK_SCHEMES:
+        for scheme in method.schemes or BLOCK_SCHEMES:
             block, hidden, targets, found = quantize_first_block(method, folder, scheme)
             rounded = {name: quantize(weight_of(block.get(name)), tensor.scheme) for name, tensor in found.items()}
             losses = []
