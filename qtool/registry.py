@@ -34,6 +34,7 @@ class Method:
     holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     schemes: tuple[str, ...] = ()  # a quantizer that takes few schemes: some of them, for the laws to try
+    chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     key: str = ""
 
     @property

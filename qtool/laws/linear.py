@@ -1,11 +1,13 @@
 """Laws of the methods that see one matrix: quantizers, pruners and factorizations, on a layer with correlated inputs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
+from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
 from qtool.formats.scheme import Scheme
@@ -15,6 +17,7 @@ from qtool.registry import Method
 
 OUT, IN, TOKENS = 24, 96, 400  # `in` is no power of two
 SCHEMES = ("w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16", "w2a16g96")
+FURTHER = ("nf4g32", "w3a16g8-ic", "w4a16g32-dq")  # what a quantizer may refuse, by a QtoolError
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,32 @@ def run_quantize(method: Method, scheme: str, problem: Problem) -> QuantizedTens
     return result
 
 
-def codes_in_range(method: Method) -> None:
-    """Codes, zero points and shapes are what the scheme says."""
+def results(method: Method) -> Iterator[tuple[str, Problem, QuantizedTensor]]:
+    """What the method makes of the problem in every scheme of its own, or in all that it must take and does not refuse."""
     for scheme in method.schemes or SCHEMES:
         problem = linear_problem()
-        tensor = run_quantize(method, scheme, problem)
+        yield scheme, problem, run_quantize(method, scheme, problem)
+    for scheme in () if method.schemes else FURTHER:
+        problem = linear_problem()
+        try:
+            tensor = run_quantize(method, scheme, problem)
+        except QtoolError:
+            continue
+        yield scheme, problem, tensor
+
+
+def codes_in_range(method: Method) -> None:
+    """Codes, zero points and shapes are what the scheme says, and the scheme is the one asked for but for what is chosen."""
+    for scheme, problem, tensor in results(method):
+        asked = Scheme.model_validate(scheme).weights
         grid = tensor.scheme.grid
         least, most = int(tensor.codes.min()), int(tensor.codes.max())
-        assert tensor.scheme == Scheme.model_validate(scheme).weights, f"{scheme}: the result has another scheme"
+        chosen = {field: getattr(tensor.scheme, field) for field in method.chooses}
+        assert tensor.scheme == asked.model_copy(update=chosen), f"{scheme}: the result has another scheme, {tensor.scheme}"
         assert tensor.shape == problem.W.shape, f"{scheme}: shape {tensor.shape}, must be {tuple(problem.W.shape)}"
         assert grid.low <= least and most <= grid.high, f"{scheme}: codes from {least} to {most}"
-        shape = (OUT, to_groups(problem.W, tensor.scheme).shape[1])
-        assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {shape}"
+        shape = to_groups(problem.W, tensor.scheme).shape[:2]
+        assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {tuple(shape)}"
         assert bool((tensor.scale > 0).all()), f"{scheme}: a scale is not positive"
         assert (tensor.zero is None) == tensor.scheme.symmetric, f"{scheme}: zero points contradict `symmetric`"
         if tensor.zero is not None and tensor.scheme.zero_dtype == "int":
@@ -81,46 +98,40 @@ def codes_in_range(method: Method) -> None:
 
 def packing_is_lossless(method: Method) -> None:
     """Packed codes unpack to themselves."""
-    for scheme in method.schemes or SCHEMES:
-        tensor = run_quantize(method, scheme, linear_problem())
+    for scheme, _, tensor in results(method):
         unpacked = unpack_codes(tensor.packed(), tensor.scheme.grid.n_levels, tensor.codes.shape[1]) + tensor.scheme.grid.low
         assert torch.equal(unpacked.int(), tensor.codes.int()), f"{scheme}: packing changes codes"
 
 
 def grid_points_stay(method: Method) -> None:
     """Rounding the result once more, by its own params, changes no code."""
-    for scheme in method.schemes or SCHEMES:
-        tensor = run_quantize(method, scheme, linear_problem())
+    for scheme, _, tensor in results(method):
         again = quantize(tensor.dequantize(), tensor.scheme, tensor.params())
         assert torch.equal(again.codes, tensor.codes), f"{scheme}: values are not on the grid of their params"
 
 
 def quantizing_is_deterministic(method: Method) -> None:
     """Two runs give the same bits, and statistics are not used up."""
-    for scheme in method.schemes or SCHEMES:
-        first, second = (run_quantize(method, scheme, linear_problem()) for _ in range(2))
+    for (scheme, _, first), (_, _, second) in zip(results(method), results(method), strict=True):
         is_same = torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
         assert is_same, f"{scheme}: two runs differ"
 
 
 def loss_is_no_worse_than_rounding(method: Method) -> None:
-    """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range."""
-    for scheme in method.schemes or SCHEMES:
-        if method.needed(method.options.model_validate({"scheme": scheme})) != ():
-            problem = linear_problem()
-            tensor = run_quantize(method, scheme, problem)
-            loss = problem.loss(tensor.dequantize())
-            plain = problem.loss(quantize(problem.W, tensor.scheme).dequantize())
-            # Sums in float32 end in the sixth digit.
-            assert loss <= plain * (1 + 1e-5), f"{scheme}: proxy loss {loss:.4g}, rounding has {plain:.4g}"
+    """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range of the scheme asked for."""
+    if method.needed(method.options.model_validate({"scheme": (method.schemes or SCHEMES)[0]})) == ():
+        return
+    for scheme, problem, tensor in results(method):
+        loss = problem.loss(tensor.dequantize())
+        plain = problem.loss(quantize(problem.W, Scheme.model_validate(scheme).weights).dequantize())
+        # Sums in float32 end in the sixth digit.
+        assert loss <= plain * (1 + 1e-5), f"{scheme}: proxy loss {loss:.4g}, rounding has {plain:.4g}"
 
 
 def quantizing_rows_apart_is_the_same(method: Method) -> None:
     """A rowwise method gives an output channel the same codes with other channels beside it and without."""
-    if method.rowwise:
-        for scheme in method.schemes or SCHEMES:
-            problem = linear_problem()
-            whole = run_quantize(method, scheme, problem)
+    for scheme, problem, whole in results(method) if method.rowwise else ():
+        if whole.scheme.is_rowwise:
             half = run_quantize(method, scheme, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
             agree = float((whole.codes[: OUT // 2] == half.codes).float().mean())
             # Float32 sums over other shapes may move a few codes.

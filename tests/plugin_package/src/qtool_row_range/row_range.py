@@ -27,7 +27,7 @@ def row_range(
     W: Tensor, stats: LayerStats, scheme: WeightScheme, options: RowRangeOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
     """W [out, in] float32, rounded in its best ranges; the full range is among them, so never worse than rounding."""
-    H, grouped = stats.hessian(), to_groups(W, scheme.group)  # [in, in], [out, groups, group]
+    H, grouped = stats.hessian(), to_groups(W, scheme)  # [in, in], [out, groups, group]
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)  # [out, groups, 1]
     ratios = 1 - 0.25 * torch.arange(options.candidates) / options.candidates  # [candidates]
     losses = []
