@@ -267,10 +267,10 @@ def ablate(path: Path, text: str, windows: int | None, work: Path) -> str:
     lines = ["| up to | KL (nats/token) | perplexity | bits per weight | seconds |", "|---|---|---|---|---|"]
     kept: Steps = []
     for step in recipe.steps:
-        if step.method.kind not in ("calibrate", *CHANGING):
+        if step.method.kind not in ("calibrate", "search", *CHANGING):
             continue
         kept.append({step.key: step.options.model_dump(mode="json")})
-        if step.method.kind == "calibrate":
+        if step.method.kind in ("calibrate", "search"):
             continue
         folder = work / f"{path.stem}-{len(kept)}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 }
 # Imported inside a function only, so that what does not use it does not pay for it.
 INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow")}
-KINDS_WITH_A_LIBRARY = ("calibrate", "evaluate", "export")  # one outside library each, inside a function
+KINDS_WITH_A_LIBRARY = ("calibrate", "search", "evaluate", "export")  # one outside library each, inside a function
 # registry.laws hands out the tests of a kind; they build models, and listing methods must not import torch.
 UPWARD = {("registry", "laws")}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool import laws, registry
 from qtool.artifact import Artifact, Metric, describe_folder
 from qtool.calibration.statistics import LayerStats
+from qtool.formats.allocation import Problem, SearchOptions
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.sparsity import SparsitySelection, choose
@@ -31,7 +32,7 @@ def test_a_registered_method_satisfies_the_laws_of_its_kind(key: str, law: str) 
     registry.laws(key)[law]()
 
 
-@pytest.mark.parametrize("kind", ["transform", "quantize", "prune", "factorize", "distill", "evaluate", "export"])
+@pytest.mark.parametrize("kind", ["transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export"])
 def test_every_method_that_changes_or_judges_a_model_has_laws(kind: str) -> None:
     keys = [key for key in registry.list_methods() if key.startswith(f"{kind}/")]
     assert keys and all(registry.laws(key) for key in keys)
@@ -141,6 +142,45 @@ def test_a_truncated_svd_satisfies_the_laws_of_factorize(law: str) -> None:
 def test_the_laws_of_factorize_catch_a_broken_member(run: Callable[..., LowRank], law: str) -> None:
     with pytest.raises(AssertionError):
         laws.of(Method(run=run, options=SvdOptions, scope="linear", key="factorize/broken"))[law]()
+
+
+# ---- search ----
+
+
+def smallest(problem: Problem, options: SearchOptions) -> Tensor:
+    return problem.sizes.argmin(1)
+
+
+def least_loss(problem: Problem, options: SearchOptions) -> Tensor:
+    return problem.losses.argmin(1)
+
+
+def largest_alike_that_fits(problem: Problem, options: SearchOptions) -> Tensor:
+    fits = [c for c, size in enumerate(problem.sizes.sum(0).tolist()) if size <= problem.capacity]
+    return torch.full((len(problem.sizes),), max(fits, default=0))
+
+
+def now_and_then_worse(problem: Problem, options: SearchOptions) -> Tensor:
+    return problem.sizes.argmin(1) if problem.capacity % 2 else least_loss(problem, options)
+
+
+def candidates_by_chance(problem: Problem, options: SearchOptions) -> Tensor:
+    return torch.randint(problem.sizes.shape[1], (len(problem.sizes),))
+
+
+@pytest.mark.parametrize(
+    ("run", "law"),
+    [
+        (least_loss, "the_budget_is_kept"),
+        (smallest, "no_choice_loses_less"),
+        (now_and_then_worse, "a_looser_budget_never_loses_more"),
+        (largest_alike_that_fits, "the_most_sensitive_unit_gets_the_most"),
+        (candidates_by_chance, "choosing_is_deterministic"),
+    ],
+)
+def test_the_laws_of_search_catch_a_broken_member(run: Callable[..., Tensor], law: str) -> None:
+    with pytest.raises(AssertionError):
+        laws.of(Method(run=run, options=SearchOptions, scope="model", key="search/broken"))[law]()
 
 
 # ---- the laws of methods that see a model ----

@@ -7,6 +7,13 @@ A law finds gross faults only; a published algorithm also needs a golden, an ind
 from collections.abc import Callable
 from functools import partial
 
+from qtool.laws.allocation import (
+    a_looser_budget_never_loses_more,
+    choosing_is_deterministic,
+    no_choice_loses_less,
+    the_budget_is_kept,
+    the_most_sensitive_unit_gets_the_most,
+)
 from qtool.laws.linear import (
     codes_in_range,
     error_falls_with_rank,
@@ -38,6 +45,13 @@ from qtool.registry import Method
 Law = Callable[[Method], None]
 
 LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
+    ("search", "model"): (
+        the_budget_is_kept,
+        no_choice_loses_less,
+        a_looser_budget_never_loses_more,
+        the_most_sensitive_unit_gets_the_most,
+        choosing_is_deterministic,
+    ),
     ("quantize", "linear"): (
         codes_in_range,
         packing_is_lossless,

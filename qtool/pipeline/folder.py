@@ -82,6 +82,9 @@ class StepFolder:
         """The block file of `block_000` or `outer`; it stands if and only if the unit is done."""
         return self.path / f"{name}.safetensors"
 
+    def has_records(self, name: str) -> bool:
+        return (self.path / f"{name}.json").is_file()
+
     def records(self, name: str) -> dict[str, Any]:
         """What was measured while the unit was worked on."""
         return dict(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8")))

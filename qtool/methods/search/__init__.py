@@ -1,0 +1,1 @@
+"""Methods that choose a scheme for each linear."""
