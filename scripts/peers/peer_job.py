@@ -48,7 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a runner measured. seconds: the quantization call alone; peak_rss_gib: of the process when it returned."""
+    """What a runner measured. seconds: the quantization call alone; peak_rss_gib: of the process when it returned.
+
+    rounded: the linears' weights by the linears' names, where those in `weights` hold scales of inputs besides.
+    """
 
     seconds: float
     peak_rss_gib: float
@@ -56,6 +59,7 @@ class Outcome:
     weights: dict[str, Tensor]
     bits_per_weight: float
     note: str
+    rounded: dict[str, Tensor] | None = None
 
 
 def fail(message: str) -> NoReturn:
@@ -148,11 +152,11 @@ def count_weights(model: nn.Module, linears: list[str]) -> int:
     return sum(model.get_parameter(f"{name}.weight").numel() for name in linears)
 
 
-def check_e2m1(weights: dict[str, Tensor], linears: list[str]) -> None:
-    """Every 16 neighbouring weights must be E2M1 levels under one scale, or the run fails."""
+def check_e2m1(rounded: dict[str, Tensor]) -> None:
+    """Every 16 neighbours of each linear's weights [out, in] must be E2M1 levels under one scale, or the run fails."""
     levels = torch.tensor((0.0, *E2M1))
-    for name in linears:
-        w = weights[f"{name}.weight"].abs().reshape(-1, 16)  # [groups, 16]
+    for name, weight in rounded.items():
+        w = weight.abs().reshape(-1, 16)  # [groups, 16]
         top = w.amax(-1, keepdim=True)  # [groups, 1]
         fits = torch.zeros(len(w), dtype=torch.bool)
         for level in E2M1:  # the largest weight is one of them
@@ -163,10 +167,10 @@ def check_e2m1(weights: dict[str, Tensor], linears: list[str]) -> None:
             fail(f"{name}: {int((~fits).sum())} of {len(fits)} groups are no E2M1 levels under one scale")
 
 
-def check_levels(job: Job, weights: dict[str, Tensor], linears: list[str]) -> None:
-    """Every linear must lie on at most 2^bits levels per row and group, or the run fails."""
-    for name in linears:
-        levels = max_levels(weights[f"{name}.weight"], job.group)
+def check_levels(job: Job, rounded: dict[str, Tensor]) -> None:
+    """Each linear's weights [out, in] must lie on at most 2^bits levels per row and group, or the run fails."""
+    for name, weight in rounded.items():
+        levels = max_levels(weight, job.group)
         if levels > 2**job.bits:
             fail(f"{name}: {levels} levels in one group must be at most {2**job.bits}")
 
@@ -198,9 +202,12 @@ def write_result(job: Job, tool: str, version: str, outcome: Outcome, sample: Te
     if missing:
         fail(f"parameters on one side only: {sorted(missing)[:4]}")
     linears = block_linears(model)
-    check_levels(job, outcome.weights, linears)
+    rounded = outcome.rounded or {name: outcome.weights[f"{name}.weight"] for name in linears}
+    if sorted(rounded) != sorted(linears):
+        fail(f"{len(rounded)} rounded weights, must be those of the {len(linears)} linears of the blocks")
+    check_levels(job, rounded)
     if job.format == "nvfp4":
-        check_e2m1(outcome.weights, linears)
+        check_e2m1(rounded)
     logits = check_logits(model, outcome, sample)
     job.out.mkdir(parents=True, exist_ok=True)
     save_file(outcome.weights, job.out / "weights.safetensors")

@@ -34,7 +34,7 @@ install peer-gptqmodel --no-deps gptqmodel==7.7.0
 for requirement in auto-round==0.16.1 bitsandbytes==0.50.2 hqq==0.2.8.post1 nvidia-modelopt==0.47.0 torchao==0.18.0; do
     tool=${requirement%%==*}
     install "peer-${tool#nvidia-}" "$torch"
-    install "peer-${tool#nvidia-}" "$torch" "${common[@]}" "${latest[@]}" "$requirement"
+    install "peer-${tool#nvidia-}" "$torch" "${common[@]}" "${latest[@]}" requests==2.34.2 "$requirement"  # modelopt imports requests
 done
 
 for tool in llmcompressor gptqmodel auto-round bitsandbytes hqq nvidia-modelopt torchao; do
