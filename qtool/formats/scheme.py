@@ -6,6 +6,7 @@
     w4a4kv4            and a 4-bit key/value cache
     nf4g64, e2m1g128   a format of a table (see codebook.py) in groups of 64 or 128; -asymf16 as above
     power4g128         4-bit weights on a power grid
+    e8pg64             eight weights in a code of 16 bits, a point of a lattice (see lattice.py)
     mxfp4, nvfp4, ...  microscaling formats, whose groups and scales are part of the name
     -dq, -ic           at the end: scales quantized themselves; groups along `out`, one input channel (column) each
 The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: true}, activations: {bits: 8}}.
@@ -18,6 +19,7 @@ from pydantic import Field, WrapValidator, model_validator
 
 from qtool.formats.codebook import LEVELS, CodebookGrid, PowerGrid
 from qtool.formats.integer import IntegerGrid
+from qtool.formats.lattice import LATTICES, LatticeGrid
 from qtool.options import Options, Selection, Shorthand, matches
 
 SHORTHAND = re.compile(r"w(?P<w>\d+)(?:a(?P<a>\d+))?(?:kv(?P<kv>\d+))?(?:g(?P<g>\d+))?")
@@ -32,11 +34,11 @@ ENDINGS: dict[str, dict[str, object]] = {
 
 
 Format = Literal[
-    "int", "power", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2", "binary", "ternary", "w2star"
+    "int", "power", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2", "binary", "ternary", "w2star", "e8p"
 ]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
 ZeroDtype = Literal["int", "float16"]
-Grid = IntegerGrid | CodebookGrid
+Grid = IntegerGrid | CodebookGrid | LatticeGrid
 
 PRESETS: dict[str, dict[str, object]] = {
     "mxfp4": {"format": "e2m1", "group": 32, "scale_dtype": "float8_e8m0fnu"},
@@ -55,7 +57,7 @@ class WeightScheme(Options):
     format: Format = Field(
         "int",
         description="int; power, levels on a power function; or a table: nf4, bitsandbytes' FP4, floats by exponent and "
-        "mantissa bits, binary, ternary, w2star (five levels)",
+        "mantissa bits, binary, ternary, w2star (five levels); e8p, eight weights a code",
     )
     bits: int = Field(ge=1, le=8, description="bits per weight; a table's own where the format is one")
     group: int | None = Field(None, ge=8, description="weights that share a scale; null: a whole row")
@@ -82,16 +84,18 @@ class WeightScheme(Options):
     @model_validator(mode="before")
     @classmethod
     def _fill_bits(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("format") in LEVELS:
-            return {"bits": (len(LEVELS[value["format"]]) - 1).bit_length(), **value}
+        if isinstance(value, dict) and (bits := bits_of(value.get("format"))) is not None:
+            return {"bits": bits, **value}
         return value
 
     @model_validator(mode="after")
     def _agree(self) -> "WeightScheme":
-        if self.format in LEVELS:
-            bits = (len(LEVELS[self.format]) - 1).bit_length()
-            if self.bits != bits:
-                raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
+        if (bits := bits_of(self.format)) not in (None, self.bits):
+            raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
+        if self.format in LATTICES and not (self.symmetric and self.group_along == "out_channel"):
+            raise ValueError(f"{self.format} has no zero points, and groups along `in` alone; leave -asym and -ic away")
+        if self.format in LATTICES and (self.group or 0) % self.grid.width:
+            raise ValueError(f"a code of {self.format} holds {self.grid.width} weights; group must be a multiple of that")
         if self.format == "power" and not (self.symmetric and self.bits > 1):
             raise ValueError("power grids have two bits or more and no zero points; leave symmetric away")
         if self.format in LEVELS and not self.symmetric and self.zero_dtype == "int":
@@ -112,6 +116,8 @@ class WeightScheme(Options):
             return IntegerGrid(self.bits, self.symmetric, self.scale_dtype, zero_dtype=self.zero_dtype)
         if self.format == "power":
             return PowerGrid(self.format, self.scale_dtype, bits=self.bits)
+        if self.format in LATTICES:
+            return LatticeGrid(self.format, self.scale_dtype)
         return CodebookGrid(self.format, self.scale_dtype, zero_dtype=None if self.symmetric else self.zero_dtype)
 
     @property
@@ -204,7 +210,7 @@ def parse_shorthand(text: str) -> dict[str, object]:
     weights: dict[str, object] = {}
     if match := POWER_SHORTHAND.fullmatch(head):
         weights = {"format": "power", "bits": int(match["bits"]), "group": _int_or_none(match["g"])}
-    elif (match := TABLE_SHORTHAND.fullmatch(head)) and match["format"] in LEVELS:
+    elif (match := TABLE_SHORTHAND.fullmatch(head)) and bits_of(match["format"]) is not None:
         weights = {"format": match["format"], "group": _int_or_none(match["g"])}
     elif match := SHORTHAND.fullmatch(head):
         bits = {name: int(value) for name, value in match.groupdict().items() if value}
@@ -212,7 +218,8 @@ def parse_shorthand(text: str) -> dict[str, object]:
     if not weights or not set(endings) <= set(ENDINGS):
         raise ValueError(
             f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]][-dq][-ic], such as w4a16g128, a '
-            f"table with its group, such as nf4g64 ({', '.join(LEVELS)}), power<bits>[g<group>], or one of {', '.join(PRESETS)}"
+            f"table with its group, such as nf4g64 ({', '.join((*LEVELS, *LATTICES))}), power<bits>[g<group>], or one of "
+            f"{', '.join(PRESETS)}"
         )
     for ending in endings:
         weights |= ENDINGS[ending]
@@ -222,6 +229,13 @@ def parse_shorthand(text: str) -> dict[str, object]:
     if bits.get("kv", 16) < 16:
         long["kv"] = {"bits": bits["kv"]}
     return long
+
+
+def bits_of(format: object) -> int | None:
+    """Bits per weight of a format that states them; None of whole numbers, power grids and what is no format."""
+    if not isinstance(format, str) or format in LATTICES:
+        return LATTICES.get(str(format))
+    return (len(LEVELS[format]) - 1).bit_length() if format in LEVELS else None
 
 
 def _int_or_none(digits: str | None) -> int | None:

@@ -3,7 +3,8 @@
 codes [out, in] int8 or uint8    scale [out, groups] float    zero [out, groups] uint8, float16 or None
 w^[o, i] = scale[o, g] (codes[o, i] - zero[o, g]),  g = i // group;  for formats of a table level[codes[o, i]] - zero[o, g]
 With group_along in_channel scale and zero are [in, groups], g = o // group. Where scales are stored in float8_e4m3fn,
-of_tensor multiplies all of them; a power grid's table has the tensor's own exponent.
+of_tensor multiplies all of them; a power grid's table has the tensor's own exponent. A lattice's codes are [out, in / 8]
+int32, each the levels of eight columns.
 What few methods add: second [1 + blocks], the mean and steps of scales that are quantized themselves; column_scale [in],
 which multiplies whole columns; salient, columns in a scheme of their own, that the codes leave out; outliers, single
 weights that are added at the end.
@@ -71,9 +72,17 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Weights [out, in], float32; gradients reach the scale."""
+        return self.at(self.points())
+
+    def points(self) -> Tensor:
+        """Where the codes lie in units of the scale, level - zero, [out, groups, group]."""
         params = self.params()
-        levels = to_groups(self.grid.levels(self.codes), self.scheme)  # [out, groups, group]
-        W = from_groups((levels if params.zero is None else levels - params.zero) * params.scale, self.scheme)
+        levels = to_groups(self.grid.levels(self.codes), self.scheme)
+        return levels if params.zero is None else levels - params.zero
+
+    def at(self, points: Tensor) -> Tensor:
+        """Weights [out, in] of other points [out, groups, group], with all else as it is."""
+        W = from_groups(points * self.params().scale, self.scheme)
         if self.salient is not None:
             rest = torch.ones(self.shape[1], dtype=torch.bool, device=W.device)
             rest[self.salient.columns.long()] = False
@@ -84,6 +93,12 @@ class QuantizedTensor:
         if self.column_scale is not None:
             W = W * self.column_scale.float()
         return W if self.outliers is None else self.outliers.add_to(W)
+
+    def nearest(self, points: Tensor) -> "QuantizedTensor":
+        """The same with the codes that lie nearest to points [out, groups, group] in units of the scale."""
+        params = self.params()
+        codes = self.grid.encode(points.contiguous(), Params(torch.ones_like(params.scale), params.zero))
+        return replace(self, codes=from_groups(codes, self.scheme).to(self.codes.dtype))
 
     def packed(self) -> Tensor:
         """Codes as unsigned numbers packed into int32 words [out, words]."""
@@ -190,6 +205,9 @@ def to_groups(w: Tensor, scheme: WeightScheme) -> Tensor:
     """
     w = w if scheme.group_along == "out_channel" else w.T.contiguous()
     rows, columns = w.shape
+    width = scheme.grid.width
+    if columns % width:
+        raise QtoolError(f"{columns} columns do not divide into codes of {width}, which {scheme.format} has; add it to ignore")
     if scheme.group is None:
         return w.unsqueeze(1)
     if columns % scheme.group:

@@ -7,6 +7,7 @@ bytes -> gates
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -335,7 +336,7 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
             stored = value[0].stored_bytes + (0 if low_rank is None else low_rank.stored_bytes)
             after += stored
             quantized_bytes += stored
-            quantized_weights += value[0].codes.numel()
+            quantized_weights += math.prod(value[0].shape)
     return {
         "parameters": original.n_parameters(),
         "bytes_original": before,

@@ -21,6 +21,7 @@ SAME = {
     },
     "nf4g64-asymf16": {"weights": {"format": "nf4", "group": 64, "symmetric": False, "zero_dtype": "float16"}},
     "power3g32": {"weights": {"format": "power", "bits": 3, "group": 32}},
+    "e8pg64": {"weights": {"format": "e8p", "group": 64}},
     "ternaryg64": {"weights": {"format": "ternary", "group": 64}},
     "w4a16g64-asym-dq": {
         "weights": {"bits": 4, "group": 64, "symmetric": False, "double_quant": True, "scale_dtype": "float32"}
