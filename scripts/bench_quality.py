@@ -132,11 +132,10 @@ class Row:
 
     def to_json(self) -> str:
         """One line, with the means that follow from the windows."""
-        means: dict[str, float | None] = {}
+        means: dict[str, float] = {}
         if self.losses:
             means = {"kl_divergence": self.kl, "kl_divergence_stderr": standard_error(self.divergences)}
-            ppl_error = None if len(self.losses) < 2 else self.perplexity * standard_error(self.losses)
-            means |= {"perplexity": self.perplexity, "perplexity_stderr": ppl_error}
+            means |= {"perplexity": self.perplexity, "perplexity_stderr": self.perplexity * standard_error(self.losses)}
         return json.dumps(asdict(self) | means)
 
 
@@ -509,7 +508,7 @@ def study(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         from plot_quality import plot
 
-        plot(rows, arguments.plot)
+        plot([json.loads(row.to_json()) for row in rows], arguments.plot)
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:

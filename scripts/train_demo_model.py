@@ -1,12 +1,15 @@
 """Train the demo model that ships in qtool/assets/demo: a small Llama on permissively licensed Python code.
 
     python scripts/train_demo_model.py --work build/demo --tokens 12e6   # 1.5 hours on two CPU cores, minutes on a GPU
+    python scripts/train_demo_model.py --architecture qwen3 --work build/qwen3/work --out build/qwen3   # a second model
 
 Stages, each kept in --work so that a second run goes on where the first stopped:
     1. text       the standard library and pinned wheels, near-duplicates dropped, split by content hash
     2. tokenizer  byte-level BPE, 4096 entries, learned on the train split
     3. training   Muon on the matrices, AdamW on the rest, constant rate then linear decay to zero
     4. assets     weights in bf16, texts, the demo_cloze task, the model card with what was measured
+
+A model of another architecture is trained on the same text with the demo model's tokenizer; only OUT/model is written.
 
 Why wheels, not whatever happens to be installed: a pinned list makes the text the same on every machine.
 """
@@ -18,6 +21,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,7 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
@@ -144,16 +156,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     return np.concatenate([np.array([*row.ids, tokenizer.eos_token_id], dtype=np.uint16) for row in rows])
 
 
-def build_model(vocabulary: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=LENGTH,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+def build_config(architecture: str, vocabulary: int) -> PretrainedConfig:
+    """Of 5 to 8 million parameters. qwen3: norms of queries and keys; gpt_neox: LayerNorms, biases, one fused q, k, v."""
+    shared = {
+        "vocab_size": vocabulary, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    if architecture == "gpt_neox":
+        return GPTNeoXConfig(**shared, intermediate_size=1024)
+    config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture]
+    return config_class(**shared, intermediate_size=768, num_key_value_heads=2, head_dim=64)
 
 
-def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, windows: int) -> float:
+def mean_loss(model: PreTrainedModel, stream: torch.Tensor, windows: int) -> float:
     """Mean next-token loss in nats over the first `windows` windows of the stream."""
     batch = stream[: windows * LENGTH].view(windows, LENGTH)
     with torch.no_grad(), torch.autocast(stream.device.type, torch.bfloat16):
@@ -165,11 +181,11 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, windows: int) -> fl
 
 
 def train(
-    stream: np.ndarray, held_out: np.ndarray, vocabulary: int, tokens: float, batch: int, work: Path
-) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    stream: np.ndarray, held_out: np.ndarray, config: PretrainedConfig, tokens: float, batch: int, work: Path
+) -> tuple[PreTrainedModel, dict[str, float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = build_model(vocabulary).to(device)
+    model = AutoModelForCausalLM.from_config(config).to(device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     optimizers = [
@@ -230,13 +246,13 @@ def train(
     return model, facts
 
 
-def rounding_kl(model: LlamaForCausalLM, stream: torch.Tensor, scheme: str) -> float:
+def rounding_kl(model: PreTrainedModel, stream: torch.Tensor, scheme: str) -> float:
     """Mean KL in nats per token that plain rounding of the blocks' linears costs: how much the model has to lose."""
     weights = Scheme.model_validate(scheme).weights
     rounded = copy.deepcopy(model)
     with torch.no_grad():
-        for module in rounded.model.layers.modules():
-            if isinstance(module, torch.nn.Linear):
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear) and module is not rounded.get_output_embeddings():
                 module.weight.copy_(quantize(module.weight.float(), weights).dequantize())
         total, windows = 0.0, stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
         for rows in windows.split(8):
@@ -320,14 +336,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--tokens", type=float, default=12e6)
     parser.add_argument("--batch", type=int, default=16, help="windows in a step")
+    parser.add_argument("--architecture", default="llama", choices=["llama", "qwen3", "gpt_neox"])
     arguments = parser.parse_args()
     work, out = arguments.work, arguments.out
+    is_demo = arguments.architecture == "llama"
+    if not is_demo and out == ASSETS:
+        parser.error(f"--architecture {arguments.architecture} needs --out, or it would replace the demo model")
     work.mkdir(parents=True, exist_ok=True)
 
     if not (work / "splits.json").exists():
         (work / "splits.json").write_text(json.dumps(collect(work)))
     splits = json.loads((work / "splits.json").read_text())
-    if not (work / "model" / "tokenizer.json").exists():
+    if not is_demo:
+        shutil.copytree(ASSETS / "model", work / "model", ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    elif not (work / "model" / "tokenizer.json").exists():
         train_tokenizer([row["text"] for row in splits["train"][::4]], work / "model")  # a quarter is enough for 4096
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "model")
     if not (work / "train.npy").exists():
@@ -337,11 +359,14 @@ def main() -> None:
     held_out = encode(tokenizer, [row["text"] for row in splits["validation"]])
     print(f"{len(stream):,} training tokens, {len(held_out):,} validation tokens", flush=True)
 
-    model, facts = train(stream, held_out, len(tokenizer), arguments.tokens, arguments.batch, work)
+    config = build_config(arguments.architecture, len(tokenizer))
+    model, facts = train(stream, held_out, config, arguments.tokens, arguments.batch, work)
     print(json.dumps(facts))
     model.save_pretrained(out / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (out / "model" / name).write_bytes((work / "model" / name).read_bytes())
+    if not is_demo:
+        return
     for name in SPLITS:
         write_lines(out / "text" / f"{name}.jsonl.gz", splits[name])
     write_lines(out / "tasks" / "demo_cloze.jsonl.gz", cloze_items(splits["test"], 400, seed=0))
