@@ -35,6 +35,7 @@ class Method:
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     schemes: tuple[str, ...] = ()  # a quantizer that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
+    adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
     key: str = ""
 
     @property

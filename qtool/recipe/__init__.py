@@ -189,7 +189,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     steps: list[Step] = []
     calibrated: str | None = None
     changed: str | None = None  # kind of the latest step that changes the model
-    factorized: str | None = None
+    additions: dict[str, str] = {}  # step that adds to codes and scales: what
     quantized: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
@@ -213,9 +213,9 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             calibrated = calibrated or place(key.start_mark)
         if method.kind == "export" and any(step.key == method.key for step in steps):
             problems.append((key.start_mark, f"{method.key} stands here a second time; both would write one folder"))
-        if method.kind == "export" and factorized is not None and not method.holds_additions:
-            text = f"{method.key} cannot hold the low-rank factors of {factorized}; use export/safetensors"
-            problems.append((key.start_mark, text))
+        if method.kind == "export" and not method.holds_additions:
+            for adding, what in additions.items():
+                problems.append((key.start_mark, f"{method.key} cannot hold the {what} of {adding}; use export/safetensors"))
         if method.kind == "search":
             is_searched = True
             if quantized is not None:
@@ -223,11 +223,11 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
                 problems.append((key.start_mark, text))
         if method.kind == "quantize":
             quantized = quantized or place(key.start_mark)
-        if method.kind == "factorize":
-            factorized = method.key
-            if changed != "quantize":
-                text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
-                problems.append((key.start_mark, text))
+        if method.adds:
+            additions[method.key] = method.adds
+        if method.kind == "factorize" and changed != "quantize":
+            text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
+            problems.append((key.start_mark, text))
         changed = method.kind if method.kind in CHANGING else changed
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)

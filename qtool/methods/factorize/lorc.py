@@ -65,4 +65,4 @@ def needs(options: LorcOptions) -> Needs:
     return () if options.weighting == "plain" else ("hessian",)
 
 
-METHOD = Method(run=lorc, options=LorcOptions, scope="linear", needs=needs)
+METHOD = Method(run=lorc, options=LorcOptions, scope="linear", needs=needs, adds="low-rank factors")
