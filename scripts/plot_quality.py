@@ -2,8 +2,8 @@
 
     python scripts/plot_quality.py rows.json quality.svg      # rows.json: what bench_quality.py --json wrote
 
-The color tells the tool, the mark the method; where marks would hide each other, filled ones are qtool's. Grey text and lines
-on nothing behind them are readable on white and on black.
+Bits are those of the quantized linears, with scales and zero points. The color tells the tool, the mark the method; qtool's
+marks are filled and lie on top. Grey text and lines, with nothing behind them, are readable on white and on black.
 """
 
 import json
@@ -74,7 +74,7 @@ def draw(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
             markerfacecolor=color if own else "none", linestyle="", label="_",
         )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xlabel("bits per weight of the quantized linears, with scales and zero points", color=GREY)
+    axes.set_xlabel("bits per weight", color=GREY)
     axes.set_ylabel(label, color=GREY)
     axes.tick_params(which="both", colors=GREY)
     if field == "perplexity":
