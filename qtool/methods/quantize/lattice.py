@@ -123,4 +123,5 @@ METHOD = Method(
     rowwise=True,
     check=check,
     schemes=("e8p", "e8pg32"),
+    adds="codes of eight weights",
 )
