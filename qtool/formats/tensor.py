@@ -72,17 +72,9 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Weights [out, in], float32; gradients reach the scale."""
-        return self.at(self.points())
-
-    def points(self) -> Tensor:
-        """Where the codes lie in units of the scale, level - zero, [out, groups, group]."""
         params = self.params()
-        levels = to_groups(self.grid.levels(self.codes), self.scheme)
-        return levels if params.zero is None else levels - params.zero
-
-    def at(self, points: Tensor) -> Tensor:
-        """Weights [out, in] of other points [out, groups, group], with all else as it is."""
-        W = from_groups(points * self.params().scale, self.scheme)
+        levels = to_groups(self.grid.levels(self.codes), self.scheme)  # [out, groups, group]
+        W = from_groups((levels if params.zero is None else levels - params.zero) * params.scale, self.scheme)
         if self.salient is not None:
             rest = torch.ones(self.shape[1], dtype=torch.bool, device=W.device)
             rest[self.salient.columns.long()] = False
@@ -93,12 +85,6 @@ class QuantizedTensor:
         if self.column_scale is not None:
             W = W * self.column_scale.float()
         return W if self.outliers is None else self.outliers.add_to(W)
-
-    def nearest(self, points: Tensor) -> "QuantizedTensor":
-        """The same with the codes that lie nearest to points [out, groups, group] in units of the scale."""
-        params = self.params()
-        codes = self.grid.encode(points.contiguous(), Params(torch.ones_like(params.scale), params.zero))
-        return replace(self, codes=from_groups(codes, self.scheme).to(self.codes.dtype))
 
     def packed(self) -> Tensor:
         """Codes as unsigned numbers packed into int32 words [out, words]."""
