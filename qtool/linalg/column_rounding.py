@@ -80,7 +80,7 @@ class ColumnRounding:
         if not self._is_fitted:
             g = self._turns[start] // self._group
             now = self.columns[start:stop].T.contiguous().unsqueeze(1)  # [out, 1, group]
-            left_out = None if self._left_out is None else self._left_out[start:stop].T.unsqueeze(1)
+            left_out = None if self._left_out is None else self._left_out[start:stop].T.contiguous().unsqueeze(1)
             self._fit(slice(g, g + 1), slice(None), now, self._curvature[None, start:stop], left_out)
 
     def settle(self, c: int, w: Tensor) -> Tensor:
