@@ -201,6 +201,35 @@ def test_an_export_that_cannot_hold_low_rank_factors_is_refused_after_factorize(
 # ---- values ----
 
 
+SEARCH = "  - search/mixed_precision: {budget: 4.5, candidates: [w3a16g128, w8a16g128]}\n"
+SEARCHED = GOOD.replace("  - quantize", SEARCH + "  - quantize").replace("scheme: w4a16g128", "scheme: search")
+
+
+def test_schemes_of_a_search_are_asked_for_after_it() -> None:
+    steps = parse(SEARCHED, "r.yaml").steps
+    options = steps[3].options
+    assert isinstance(options, SchemeSelection) and options.scheme == "search"
+    assert parse(parse(SEARCHED, "r.yaml").to_yaml(), "again.yaml").digest == parse(SEARCHED, "r.yaml").digest
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (SEARCH, "", "r.yaml:6: quantize/gptq: scheme is search, but no search step stands before it"),
+        ("  - calibrate", "  # - calibrate", "r.yaml:6: search/mixed_precision needs calibration text; put calibrate/text"),
+        (SEARCH, f"  - quantize/rtn: {{scheme: w4a16}}\n{SEARCH}", "r.yaml:7: search/mixed_precision chooses schemes of dense"),
+        ("w3a16g128, ", "w3a16kv8, ", "r.yaml:6: search/mixed_precision: candidates: w3a16kv8: no step quantizes the"),
+        ("w3a16g128, ", "", "r.yaml:6: search/mixed_precision: candidates: there is nothing to choose from"),
+        ("w3a16g128, ", "search, ", 'r.yaml:6: search/mixed_precision: candidates.0: "search" is no scheme'),
+        ("search/mixed_precision", "search/mixed", 'r.yaml:6: there is no method "search/mixed"; did you mean "search/'),
+    ],
+)
+def test_a_search_that_cannot_be_says_why(old: str, new: str, expected: str) -> None:
+    assert old in SEARCHED
+    found = problems(SEARCHED.replace(old, new, 1))
+    assert found[0 if old != "  - calibrate" else 1].startswith(expected), found
+
+
 def test_shorthand_and_long_form_of_a_scheme_are_the_same_recipe() -> None:
     long = "{weights: {bits: 4, group: 128, symmetric: true}}"
     assert parse(GOOD, "a").digest == parse(GOOD.replace("w4a16g128", long), "b").digest

@@ -26,7 +26,7 @@ class SearchOptions(Selection):
     budget: float = Field(
         gt=0, description="stored bits per weight, codes, scales and zero points, that all linears together may take"
     )
-    candidates: tuple[Scheme, ...] = Field(min_length=2, description="schemes to choose from, in any order")
+    candidates: tuple[Scheme, ...] = Field(description="schemes to choose from, two or more, in any order")
     sensitivity: Literal["kl", "gradient"] = Field(
         "gradient",
         description="how a unit's loss is found: kl, measured with the unit alone rounded; gradient, the second-order form of "
@@ -41,6 +41,8 @@ class SearchOptions(Selection):
 
     @model_validator(mode="after")
     def _agree(self) -> "SearchOptions":
+        if len(self.candidates) < 2:
+            raise ValueError("candidates: there is nothing to choose from; name two schemes or more")
         for place, scheme in enumerate(self.candidates):
             if scheme in self.candidates[:place]:
                 raise ValueError(f"candidates: {scheme} stands there twice; name every scheme once")

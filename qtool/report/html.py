@@ -129,8 +129,9 @@ def _linears(linears: list[Row]) -> str:
     rows: list[tuple[Cell, ...]] = []
     for row in sorted(linears, key=lambda row: (-(row.get(fields[0]) or 0), row.get(fields[1]) or 0)):
         bars = [None if row.get(field) is None else (row[field], full) for field, full in most.items()]
-        rows.append((row["name"], row["scheme"], *bars, row.get("seconds")))
-    return _table(("linear, worst first", "scheme", "relative output error", "SQNR of weights (dB)", "seconds"), rows)
+        rows.append((row["name"], row["scheme"], *bars, row.get("predicted_loss"), row.get("seconds")))
+    errors = ("relative output error", "SQNR of weights (dB)", "predicted KL of its unit")
+    return _table(("linear, worst first", "scheme", *errors, "seconds"), rows)
 
 
 def _chart(linears: list[Row]) -> str:

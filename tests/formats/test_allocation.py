@@ -58,7 +58,7 @@ def test_a_choice_has_the_loss_and_the_size_of_its_candidates() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"candidates": ["w3a16g32"]}, "at least 2"),
+        ({"candidates": ["w3a16g32"]}, "nothing to choose from"),
         ({"candidates": ["w4a16g32", {"weights": {"bits": 4, "group": 32}}]}, "w4a16g32 stands there twice"),
         ({"candidates": ["w4a16", "w8a8"], "sensitivity": "gradient"}, "does not see w8a8's rounded activations"),
         ({"budget": 0}, "greater than 0"),

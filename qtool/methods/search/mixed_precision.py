@@ -5,7 +5,15 @@
 Losses of units are taken to add up, so this is a multiple-choice knapsack; branch and bound solves it exactly. A unit's
 loss is the KL of the model's predictions with the unit alone rounded, measured or by the Fisher information (see
 `sensitivity`), in nats a token. Linears that share an input are one unit and get one scheme.
-Source: Hubara et al. 2020, arXiv:2006.10518 (its integer programming). Differs: stored bytes for time, and KL for a task's loss.
+The budget counts what schemes store; what a quantizer adds beside codes, scales and zero points comes on top.
+Why these defaults: on the demo model's validation text, 32 windows of calibration text, GPTQ has KL 0.0073 at 4.25 bits with
+schemes found from gradients and, the same ones, from measured KL (66 s and 501 s; 0.0078 with w4a16g64 everywhere). Found from
+plain rounding (quantizer quantize/rtn) they give 0.0107: what GPTQ makes up for differs from linear to linear, rank
+correlation 0.7 with what rounding loses. With GPTQ's own errors the gradient form is within 10 % of KL measured in float32
+at three bits and more, rank correlation 0.99.
+Source: Hubara et al. 2020, arXiv:2006.10518 (its integer programming). Differs: bytes for time, KL for a task's loss.
+For: a size between two schemes, or a few linears that suffer most; before quantize steps with scheme: search.
+Costs: each candidate's rounding once, and a pass forward and back (gradient) or a pass for each unit and candidate (kl).
 """
 
 import math
