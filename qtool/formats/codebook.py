@@ -9,7 +9,8 @@ tensor's own: that of least squared error over all of it, found by golden-sectio
 Source: OCP Microscaling Formats 1.0, section 5.3 (E2M1, E2M3, E3M2, E4M3, E5M2); Dettmers et al. 2023, arXiv:2305.14314,
 appendix E (NF4); bitsandbytes (its FP4). E3M0 is the same construction without mantissa bits. Zhou et al. 2024,
 arXiv:2408.08554 (ABQ-LLM), section 3.3 (w2star, five levels); Ma et al. 2024, arXiv:2402.17764 (ternary by mean |w|);
-Yvinec et al. 2023, arXiv:2301.09858 (PowerQuant). Differs: a power grid's codes are those of the nearest level, not of the
+Yvinec et al. 2023, arXiv:2301.09858 (PowerQuant); arXiv:2506.00486 (RF8: a number's first two binary digits; its layout is
+not published, this one is ours). Differs: a power grid's codes are those of the nearest level, not of the
 nearest power, and each tensor has an exponent of its own.
 Why ties to even codes: neighbours differ in their lowest bit, which for floating formats is the mantissa's.
 """
@@ -36,6 +37,13 @@ def floating(exponent: int, mantissa: int, bias: int, n_finite: int | None = Non
     return (*finite, *(-value for value in finite))
 
 
+def two_powers() -> tuple[float, ...]:
+    """Values by code of RF8: a sign, 4 bits of e, 3 of d;  2^e + 2^(e - d) for d = 1 .. 4, else 2^e; 0 where e = d = 0."""
+    values = [2.0**e + (2.0 ** (e - d) if 1 <= d <= 4 else 0) for e in range(16) for d in range(8)]
+    positive = (0.0, *values[1:])
+    return (*positive, *(-value for value in positive))
+
+
 NF4 = (
     (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334)
     + (-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
@@ -57,6 +65,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "binary": (-1.0, 1.0),
     "ternary": (-1.0, 0.0, 1.0),
     "w2star": (-2.0, -1.0, 0.0, 1.0, 2.0),
+    "rf8": two_powers(),
 }
 BY_MEAN = ("binary", "ternary")
 EXPONENTS = (0.3, 1.2)  # where power grids search theirs

@@ -34,7 +34,21 @@ ENDINGS: dict[str, dict[str, object]] = {
 
 
 Format = Literal[
-    "int", "power", "nf4", "fp4_bnb", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2", "binary", "ternary", "w2star", "e8p"
+    "int",
+    "power",
+    "nf4",
+    "fp4_bnb",
+    "e2m1",
+    "e3m0",
+    "e2m3",
+    "e3m2",
+    "e4m3",
+    "e5m2",
+    "binary",
+    "ternary",
+    "w2star",
+    "rf8",
+    "e8p",
 ]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
 ZeroDtype = Literal["int", "float16"]
@@ -57,7 +71,7 @@ class WeightScheme(Options):
     format: Format = Field(
         "int",
         description="int; power, levels on a power function; or a table: nf4, bitsandbytes' FP4, floats by exponent and "
-        "mantissa bits, binary, ternary, w2star (five levels); e8p, eight weights a code",
+        "mantissa bits, binary, ternary, w2star (five levels), rf8 (two binary digits); e8p, eight weights a code",
     )
     bits: int = Field(ge=1, le=8, description="bits per weight; a table's own where the format is one")
     group: int | None = Field(None, ge=8, description="weights that share a scale; null: a whole row")

@@ -114,3 +114,21 @@ def test_errors_on_normal_weights_are_the_known_ones(name: str, group: int, scal
     grid = CodebookGrid(name, scale_dtype)
     error = float((grid.snap(w, grid.fit(w)) - w).square().mean())
     assert error == pytest.approx(expected, rel=0.03)
+
+
+def test_rf8_holds_every_number_of_two_binary_digits_that_are_four_places_apart_at_most() -> None:
+    expected = {0.0} | {2.0**e for e in range(16)} | {2.0**e + 2.0 ** (e - d) for e in range(16) for d in (1, 2, 3, 4)}
+    assert {value for value in LEVELS["rf8"] if value >= 0} == expected
+    assert len(LEVELS["rf8"]) == 256 and LEVELS["rf8"][128 + 9] == -LEVELS["rf8"][9] == -3.0  # sign, e = 1, d = 1
+    largest_power = 2.0 ** torch.tensor([value for value in expected if value > 0]).log2().floor()
+    assert bool((torch.tensor([value for value in expected if value > 0]) <= 1.5 * largest_power).all())
+
+
+def test_rf8_rounds_normal_weights_with_the_error_of_its_nearest_digits() -> None:
+    w = torch.randn(1 << 18, generator=torch.Generator().manual_seed(2)).view(-1, 4096)
+    grid = CodebookGrid("rf8", "float32")
+    error = float((grid.snap(w, grid.fit(w)) - w).square().mean())
+    magnitude = 2.0 ** w.abs().log2().floor()  # the same without a table: the nearest of six significands, unscaled
+    significands = torch.tensor([1, 1.0625, 1.125, 1.25, 1.5, 2])
+    nearest = (w.abs() / magnitude).unsqueeze(-1).sub(significands).abs().amin(-1) * magnitude
+    assert error == pytest.approx(float(nearest.square().mean()), rel=0.25)  # where powers of two fall differs by the scale

@@ -17,7 +17,19 @@ from qtool.model.store import load_changes, save_changes
 INTEGERS = ["w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16", "w2a16-asym"]
 FEW = ["binary", "ternaryg32", "w2starg32"]
 LONG = ["power4g32", "power2", "nf4g32-asymf16", "w4a16g32-dq", "w3a16g32-asym-dq", "w3a16g8-ic", "nf4-ic"]
-TABLES = ["nf4g32", "fp4_bnbg16", "e3m0g32", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "e4m3"]
+TABLES = [
+    "nf4g32",
+    "fp4_bnbg16",
+    "e3m0g32",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+    "nvfp4",
+    "e4m3",
+    "rf8g32",
+]
 SCHEMES = [*INTEGERS, *TABLES, *FEW, *LONG, "mxint8"]
 
 
