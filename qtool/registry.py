@@ -1,6 +1,7 @@
 """The folder is the registry: qtool/methods/quantize/gptq.py is the method quantize/gptq.
 
-A method's file holds a docstring (its first line is the summary, a line `Source: ...` the paper) and one constant
+A method's file holds a docstring (its first line is the summary, a line `Source: ...` the paper, paragraphs `For: ...` and
+`Costs: ...` when to take it) and one constant
     METHOD = Method(run=gptq, options=GptqOptions, scope="linear", needs=("hessian",))
 Plugins join through the entry-point group `qtool.methods`: quantize/mine = "my_package.mine". Built-ins and plugins take
 the same road. Listing reads docstrings and imports no method, so `qtool --help` stays fast.
@@ -9,6 +10,8 @@ the same road. Listing reads docstrings and imports no method, so `qtool --help`
 import ast
 import importlib
 import importlib.util
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -19,6 +22,17 @@ from qtool.errors import QtoolError, nearest
 from qtool.options import Needs, Options
 
 KINDS = ("calibrate", "transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export")
+GUIDES = {
+    "calibrate": "First: text for every step that looks at inputs.",
+    "transform": "Before rounding; the model computes the same. For weights alone GPTQ needs none; activations need one.",
+    "search": "Before quantizing: which linear gets which scheme.",
+    "quantize": "rtn at eight bits; gptq at two to four; sign_round with more time; hqq or fine_quant without any text.",
+    "prune": "Zeros: sparsegpt for quality, wanda for speed; 2:4 where the hardware has it. Then distill.",
+    "factorize": "After quantizing, where the runtime can run low-rank factors.",
+    "distill": "Last before measuring: training by the original's predictions.",
+    "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
+    "export": "compressed_tensors where a runtime reads it; safetensors for all the rest.",
+}
 Scope = Literal["linear", "block", "model", "training"]
 
 
@@ -67,6 +81,20 @@ class MethodInfo:
     def paper(self) -> str:
         lines = [line.strip() for line in self.docstring.splitlines()]
         return next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "")
+
+    @property
+    def purpose(self) -> str:
+        """What the method is for, and when another is to be preferred."""
+        return self._paragraph("For")
+
+    @property
+    def cost(self) -> str:
+        """What it takes."""
+        return self._paragraph("Costs")
+
+    def _paragraph(self, name: str) -> str:
+        match = re.search(rf"^{name}: (.*?)(?=^\w[\w ]*: |\Z)", inspect.cleandoc(self.docstring), re.DOTALL | re.MULTILINE)
+        return "" if match is None else " ".join(match[1].split())
 
 
 def list_methods() -> dict[str, MethodInfo]:

@@ -29,7 +29,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "options": (0, {"pydantic"}),
     "progress": (0, set()),
     "formats": (1, {"torch", "pydantic"}),
-    "linalg": (1, {"torch"}),
+    "linalg": (1, {"torch", "pydantic"}),
     "kernels": (2, {"torch", "cupy"}),
     "layers": (3, {"torch"}),
     # accelerate and huggingface_hub are what transformers itself loads models with.
@@ -164,6 +164,12 @@ def test_every_method_names_its_source() -> None:
     listed = registry.list_methods()
     keys = [f"{path.parent.name}/{path.stem}" for path in METHODS]
     assert keys and [key for key in keys if not listed[key].paper] == []
+
+
+def test_every_method_says_what_it_is_for_and_what_it_costs() -> None:
+    listed = registry.list_methods()
+    silent = [key for key, info in listed.items() if info.module.startswith("qtool.") and not (info.purpose and info.cost)]
+    assert silent == [] and set(registry.GUIDES) == set(registry.KINDS)
 
 
 def test_every_method_loads_and_describes_each_of_its_options() -> None:

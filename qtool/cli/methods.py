@@ -1,5 +1,6 @@
 """`qtool methods`: every method by kind, or one with its docstring, options and paper."""
 
+import itertools
 import json
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from qtool.cli.console import make_console
 from qtool.errors import QtoolError, nearest
 from qtool.options import valid_values
-from qtool.registry import list_methods, load
+from qtool.registry import GUIDES, list_methods, load
 
 
 def methods(name: Annotated[str | None, typer.Argument(help="One method, such as quantize/gptq.")] = None) -> None:
@@ -21,17 +22,20 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, such as
 
 
 def print_list() -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("method", "what it does"):
-        table.add_column(heading, no_wrap=heading == "method")
-    kind = ""
-    for method in list_methods().values():
-        if kind and method.kind != kind:
-            table.add_row()
-        kind = method.kind
-        table.add_row(f"[bold]{method.key}[/bold]", method.summary)
-    make_console().print(table)
-    print("\nOne method, its options and its paper: qtool methods NAME")
+    console = make_console()
+    for kind, of_kind in itertools.groupby(list_methods().values(), key=lambda method: method.kind):
+        console.print(f"[bold]{kind}[/bold]  {GUIDES[kind]}", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for method in of_kind:
+            table.add_row(f"[bold]{method.key}[/bold]", method.summary)
+            for name, text in (("for", method.purpose), ("costs", method.cost)):
+                if text:  # a plugin may leave them out
+                    table.add_row("", f"[dim]{name}: {text}[/dim]")
+        console.print(table)
+        console.print()
+    print("One method, its options and its paper: qtool methods NAME")
 
 
 def print_one(name: str) -> None:

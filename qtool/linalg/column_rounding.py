@@ -3,8 +3,8 @@
     q_c = decode(encode(w_c)) in the ranges of column c's groups, fitted to W beforehand or to what w is when their turn comes
     W [out, in]    columns [in, out] those of W in turn    order [in] which column has which turn    U [in, in], in turn
 What sweep.py walks along for GPTQ, and for methods that are built on it.
-Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, and the orders of its code. Differs: ranges may be searched, with the
-weights 1 / U_jj², the curvature of column j while later ones can still make up for it.
+Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, and the orders of its code. Differs: ranges may be searched, with
+the weights 1 / U_jj², the curvature of column j while later ones can still make up for it.
 """
 
 from typing import Literal
@@ -51,7 +51,7 @@ class ColumnRounding:
         U: Tensor,
         left_out: Tensor | None = None,
     ) -> None:
-        """left_out [out, in]: weights that no range has to hold. Raises QtoolError for schemes that need all columns at once."""
+        """left_out [out, in]: weights that no range has to hold. Raises QtoolError where a scheme needs all columns at once."""
         grouped = to_groups(W, scheme)  # [out, groups, group], along in_channel [in, groups, group]
         n_rows, self._n_groups, self._group = grouped.shape
         self._scheme, self._options = scheme, options

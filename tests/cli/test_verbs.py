@@ -1,6 +1,7 @@
 """The verbs that need no weights: lists, schema, validate, init, doctor, and what every verb does with a mistake."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,12 @@ def test_the_version_is_the_packages() -> None:
 
 def test_methods_lists_every_method_with_its_summary_in_the_order_of_the_kinds() -> None:
     listing = call("methods").stdout
-    places = [listing.index(f"{key} ") for key in registry.list_methods()]
+    places = [re.search(rf"^ *{key} ", listing, re.MULTILINE).start() for key in registry.list_methods()]  # type: ignore[union-attr]
     assert places == sorted(places)
     assert all(info.summary[:40] in listing for info in registry.list_methods().values())
+    assert all(f"for: {info.purpose[:30]}" in listing for info in registry.list_methods().values())
+    assert "costs: seconds, no calibration." in listing
+    assert all(guide[:40] in listing for guide in registry.GUIDES.values())
 
 
 @pytest.mark.parametrize("key", list(registry.list_methods()))

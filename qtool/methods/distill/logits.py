@@ -5,6 +5,8 @@
 The teacher is the model that the recipe names; text labels are not used. Zeros that pruning made stay zero, codes of
 quantized layers stay as they are and their scales learn.
 Source: Hinton et al. 2015, arXiv:1503.02531, section 2; forward KL alone as in Minitron, arXiv:2407.14679, section 3.
+For: after quantizing or pruning, the largest gain of all at two and three bits; tunes scales, norms, embeddings.
+Costs: training: 16 bytes a parameter and the original beside it.
 """
 
 import torch.nn.functional as F

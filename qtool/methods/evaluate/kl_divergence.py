@@ -5,6 +5,8 @@ Over the length - 1 positions of every window that perplexity scores too. Zero o
 damage that perplexity averages away, needs no labels, and varies less from text to text. Log-softmax in float32,
 means in float64, standard errors over windows.
 Source: Kullback and Leibler 1951, doi:10.1214/aoms/1177729694
+For: judging compression first: it sees every token's whole prediction, so small changes show.
+Costs: a pass of both models over the text.
 """
 
 import contextlib

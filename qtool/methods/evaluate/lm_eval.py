@@ -3,6 +3,8 @@
 Every task that lm-eval knows by name, every task in a local folder, and `demo_cloze`, which comes with the demo model
 and needs no network. One metric for each of a task's: `demo_cloze/acc`, with the standard error that lm-eval states.
 Source: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
+For: what the model can do, in numbers that others know.
+Costs: a pass for every answer of every document: minutes to hours.
 """
 
 import contextlib

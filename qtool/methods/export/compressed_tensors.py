@@ -14,6 +14,8 @@ dtype of the scales, here the model's:
   pattern. One symmetric scheme for weights alone must serve them all; other experts are refused before any file is written.
 
 Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
+For: transformers and vLLM, integer weights.
+Costs: writing the file.
 """
 
 from pathlib import Path

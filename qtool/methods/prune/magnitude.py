@@ -2,6 +2,8 @@
 
     score S_ij = |W_ij|      W, S [out, in], compared within a row or within M neighbours of a row
 Source: Han et al. 2015, arXiv:1506.02626, section 3. Differs: a threshold per row instead of per layer; no retraining.
+For: a baseline, and before long training.
+Costs: seconds, no calibration.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,8 @@
 Source: Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1 and section 3.2: unstructured masks are chosen for 128
 columns over all rows together, N:M masks for M columns in each row. Differs: a block's count is rounded so that the
 whole matrix has round(sparsity · out · in) zeros.
+For: the best sparse model without training, and before quantize/gptq.
+Costs: one pass through the model and a factorization for each linear, as GPTQ.
 """
 
 from collections.abc import Callable

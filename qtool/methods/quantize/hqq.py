@@ -12,6 +12,8 @@ found in their place: scale = <level, W - E> / <level, level>, the same least sq
 Why not zero points rounded to codes at the end: on the demo model's validation text they are as good as none. Its KL there, in
 groups of 64, rounded and by HQQ: w4 -asymf16 0.036, 0.032; -asym 0.044, 0.038; symmetric 0.049, 0.040; w3 0.157, 0.163; 0.222,
 0.174; 0.273, 0.203. Float zero points cost 0.19 bits per weight; in powers of two, as in mxfp4, nothing is left to find.
+For: no calibration text; best with float16 zero points at four bits and below.
+Costs: seconds, no calibration.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,8 @@ Why a lattice and no learned codebooks, as AQLM's: a table that is a rule is not
 eight dimensions take a mebibyte, as much as all codes of a matrix with four million weights; nothing is trained. On the demo
 model's validation text KL is 0.163 at 2.05 bits per weight and, in groups of 64, 0.138 at 2.25; GPTQ's with four levels and
 zero points in groups of 64 is 0.213 at 2.28.
+For: two bits at the least loss without training, where the runtime can decode E8 codes.
+Costs: GPTQ's, and a search among 2^16 points for every eight weights.
 """
 
 from collections.abc import Callable

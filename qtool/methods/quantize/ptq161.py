@@ -8,6 +8,8 @@ and alpha, r1, r2 of all linears of a block f are trained together, by AdamW, to
 Source: Zhao et al. 2025, arXiv:2502.13179. Differs: rates fall to zero, and a block keeps where it began if that was better;
 r2 is 1 on salient columns, as the formula is that of the others. Its preprocessing, to quantize, restore the model by
 low-rank training, merge and quantize again, is no part of this step.
+For: below two bits, where the model must fit at any price.
+Costs: gradients through every block; half a bit more where rows are short.
 """
 
 from collections.abc import Callable

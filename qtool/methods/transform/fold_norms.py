@@ -4,6 +4,8 @@
 Rotations need this, and weights see the scale of their true input. The last norm, which feeds the head, stays.
 Source: Ashkboos et al. 2024, arXiv:2401.15024, section 3.1 (the same fold opens QuaRot, arXiv:2404.00456, section 4).
 Differs: a bias of a LayerNorm is divided by the gain and stays in the norm.
+For: before rotations and other transforms that need norms without a gain.
+Costs: seconds, no calibration.
 """
 
 from collections.abc import Callable
