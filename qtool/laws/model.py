@@ -146,10 +146,14 @@ def transform_first_block(method: Method, folder: Path) -> tuple[Block, Tensor, 
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
     hidden = model.embed(sample_tokens())
     block, options = model.block(0), sample_options(method)
-    needs = method.needed(options)
-    stats = {name: LayerStats(shape_of(linear)[1], needs) for name, linear in block.linears().items()}
-    block.forward_observed(hidden, stats)
-    edits: Edits = method.run(block, find_scalings(block, hidden[:1]), stats, options, lambda text: None)
+    scalings, needs = find_scalings(block, hidden[:1]), method.needed(options)
+    edits: Edits
+    if "inputs" in needs:
+        edits = method.run(block, scalings, hidden, block.forward(hidden), options, 0, lambda text: None)
+    else:
+        stats = {name: LayerStats(shape_of(linear)[1], needs) for name, linear in block.linears().items()}
+        block.forward_observed(hidden, stats)
+        edits = method.run(block, scalings, stats, options, lambda text: None)
     return block, hidden, edits
 
 

@@ -88,10 +88,11 @@ class Block:
             self._handle.record_calls(shape)
         return self._handle.calls[shape][self.index]
 
-    def call(self, hidden: Tensor) -> Tensor:
-        """hidden [batch, length, hidden] through the block."""
+    def call(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """hidden [batch, length, hidden] through the block; `parameters`, by full name, stand in for its own."""
         args, kwargs = self.call_arguments(hidden)
-        out = self.module(hidden, *args, **kwargs)
+        local = {name.removeprefix(f"{self.name}."): value for name, value in (parameters or {}).items()}
+        out = torch.func.functional_call(self.module, local, (hidden, *args), kwargs)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
     @torch.no_grad()
@@ -107,9 +108,9 @@ class Block:
         """All samples [samples, length, hidden] in pieces that one forward takes."""
         return list(hidden.split(BATCH))
 
-    def call_from_host(self, batch: Tensor) -> Tensor:
+    def call_from_host(self, batch: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """`call` on the model's device; batch [batch, length, hidden] and the result are in host memory."""
-        return self.call(batch.to(self._handle.device)).to(batch.device)
+        return self.call(batch.to(self._handle.device), parameters).to(batch.device)
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, observers: dict[str, Any]) -> None:

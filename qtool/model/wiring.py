@@ -4,12 +4,14 @@ Groups are found by tensor identity during one hooked forward: linears whose inp
 A `Scaling` is a place where   source / s  followed by  consumers * s   leaves the block's output as it was:
     norm -> linears      gain_j / s_j,  W[:, j] s_j
     linear -> linear     A[j, :] / s_j,  B[:, j] s_j    such as up -> down, and value -> output projection
+Where source and consumers have biases, a shift d may pass too:  (source - d) / s,  consumers' bias + W d,  as through a norm
+and through attention, whose probabilities sum to 1.
 Each is tried with a random scale on a float32 copy before it is believed, so a wrong wiring is refused, never applied.
 Why by experiment: SiLU forbids gate -> down and ReLU allows it; a trial knows, a table of families forgets.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -41,6 +43,7 @@ class Scaling:
     source: str
     consumers: tuple[str, ...]
     spread: Tensor
+    takes_shift: bool = False  # verified too
 
 
 def find_groups(block: Block, sample: Tensor) -> list[Group]:
@@ -62,12 +65,17 @@ def find_scalings(block: Block, sample: Tensor) -> list[Scaling]:
             candidates = [Scaling(group.norm, group.linears, torch.arange(width))]
         else:
             candidates = _linear_sources(block, group, order)
-        found += [scaling for scaling in candidates if wide.allows(scaling)][:1]
+        allowed = next((scaling for scaling in candidates if wide.allows(scaling)), None)
+        if allowed is not None:
+            found.append(replace(allowed, takes_shift=wide.allows_shift(allowed)))
     return found
 
 
-def scale_edits(block: Block, scaling: Scaling, s: Tensor, edits: Edits | None = None) -> Edits:
-    """Add source / s and consumers * s to edits, on top of what they hold; s [channels of source], float32, positive."""
+def scale_edits(block: Block, scaling: Scaling, s: Tensor, edits: Edits | None = None, shift: Tensor | None = None) -> Edits:
+    """Add (source - shift) / s and consumers * s to edits, on top of what they hold; gradients reach s and shift.
+
+    s [channels of source], float32, positive; shift [channels of source], float32, where the scaling takes one.
+    """
     edits = {} if edits is None else edits
     source = block.get(scaling.source)
     if is_linear(source):
@@ -75,11 +83,16 @@ def scale_edits(block: Block, scaling: Scaling, s: Tensor, edits: Edits | None =
     else:
         offset = gain_offset(source)
         edits[f"{scaling.source}.weight"] = (cast(Tensor, source.weight).float() + offset) / s - offset
-    if getattr(source, "bias", None) is not None:
-        edits[f"{scaling.source}.bias"] = cast(Tensor, source.bias).float() / s
-    spread = s[scaling.spread.to(s.device)]  # [in]
+    bias = edited_bias(block, scaling.source, edits)
+    if bias is not None:
+        edits[f"{scaling.source}.bias"] = (bias if shift is None else bias - shift) / s
+    spread = scaling.spread.to(s.device)
     for name in scaling.consumers:
-        edits[f"{name}.weight"] = edited_weight(block, name, edits) * spread
+        W, bias = edited_weight(block, name, edits), edited_bias(block, name, edits)
+        edits[f"{name}.weight"] = W * s[spread]
+        if shift is not None:
+            assert bias is not None, f"{name} has no bias that could take the shift"
+            edits[f"{name}.bias"] = bias + W @ shift[spread]
     return edits
 
 
@@ -87,6 +100,19 @@ def edited_weight(block: Block, name: str, edits: Edits) -> Tensor:
     """The weights [out, in] of a layer as the edits have them so far, float32."""
     layer = block.get(name)
     return edits.get(f"{name}.weight", weight_of(layer) if is_linear(layer) else cast(Tensor, layer.weight).float())
+
+
+def edited_bias(block: Block, name: str, edits: Edits) -> Tensor | None:
+    """The bias of a layer as the edits have it so far, float32; None where it has none."""
+    bias = getattr(block.get(name), "bias", None)
+    return edits.get(f"{name}.bias", None if bias is None else bias.detach().float())
+
+
+def largest_per_source(per_input: Tensor, scaling: Scaling) -> Tensor:
+    """Largest value over the consumers' channels [in] that one source channel feeds, [channels of source]."""
+    n_channels = int(scaling.spread.max()) + 1
+    largest = torch.full((n_channels,), -torch.inf, device=per_input.device)
+    return largest.scatter_reduce_(0, scaling.spread.to(per_input.device), per_input, "amax")
 
 
 def apply_edits(module: nn.Module, prefix: str, edits: Edits) -> None:
@@ -178,6 +204,14 @@ class _WideBlock:
         n_channels = int(scaling.spread.max()) + 1
         s = torch.rand(n_channels, generator=torch.Generator().manual_seed(0)) * 1.5 + 0.5
         return self.change(scale_edits(self._block, scaling, s.to(self._reference.device))) <= TOLERANCE
+
+    def allows_shift(self, scaling: Scaling) -> bool:
+        """Whether a random shift between -1/2 and 1/2 passes through."""
+        if any(getattr(self._block.get(name), "bias", None) is None for name in (scaling.source, *scaling.consumers)):
+            return False
+        n_channels = int(scaling.spread.max()) + 1
+        shift = (torch.rand(n_channels, generator=torch.Generator().manual_seed(0)) - 0.5).to(self._reference.device)
+        return self.change(scale_edits(self._block, scaling, torch.ones_like(shift), shift=shift)) <= TOLERANCE
 
     @torch.no_grad()
     def change(self, edits: Edits) -> float:

@@ -20,18 +20,19 @@ from qtool.registry import Method
 TRANSFORM_TOLERANCE = 1e-5  # of a block's float32 output, relative
 
 
-def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, work: Work) -> Tensor:
-    """Apply a transform's edits after checking that the block still computes the same; returns its output before them."""
-    stats: dict[str, LayerStats] = {}
-    observers = {}
-    if needs:
-        for group in find_groups(block, hidden[:1]):
-            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs, block.device)
-            observers[group.linears[0]] = shared
-            stats |= dict.fromkeys(group.linears, shared)
-    after = block.forward_observed(hidden, observers)
-    scalings = [s for s in find_scalings(block, hidden[:1]) if not needs or s.consumers[0] in stats]
-    edits = method.run(block, scalings, stats, options, work.note(method.key))
+def transform_block(block: Block, method: Method, options: Any, needs: Needs, hidden: Tensor, seed: int, work: Work) -> Tensor:
+    """Apply a transform's edits after checking that the block still computes the same; returns its output before them.
+
+    A transform that needs `inputs` sees the block's own and its output, the others statistics of its linears' inputs.
+    """
+    note = work.note(method.key)
+    if "inputs" in needs:
+        after, scalings = block.forward(hidden), find_scalings(block, hidden[:1])
+        edits = method.run(block, scalings, hidden, after, options, seed + block.index, note)
+    else:
+        after, stats = observe_linears(block, needs, hidden)
+        scalings = [s for s in find_scalings(block, hidden[:1]) if not needs or s.consumers[0] in stats]
+        edits = method.run(block, scalings, stats, options, note)
     change = change_of_output(block, hidden[:1], edits)
     if not change <= TRANSFORM_TOLERANCE:
         raise QtoolError(
@@ -44,11 +45,26 @@ def transform_block(block: Block, method: Method, options: Any, needs: Needs, hi
     return after
 
 
+def observe_linears(block: Block, needs: Needs, hidden: Tensor) -> tuple[Tensor, dict[str, LayerStats]]:
+    """The block's output and, by full name, statistics of its linears' inputs; those that share one share them."""
+    stats: dict[str, LayerStats] = {}
+    observers = {}
+    if needs:
+        for group in find_groups(block, hidden[:1]):
+            shared = LayerStats(shape_of(block.get(group.linears[0]))[1], needs, block.device)
+            observers[group.linears[0]] = shared
+            stats |= dict.fromkeys(group.linears, shared)
+    return block.forward_observed(hidden, observers), stats
+
+
 def tune_block(
     block: Block, method: Method, options: SchemeSelection, hidden: Tensor, twin: Twin, seed: int, work: Work
 ) -> Tensor:
     """Let a method of scope block quantize all of the block's linears together; returns the block's new output."""
     schemes = {name: scheme for name in block.linears() if (scheme := options.scheme_of(name)) is not None}
+    for name in schemes:
+        if isinstance(block.get(name), QuantLinear):
+            raise QtoolError(f"{method.key}: {name} is quantized already; quantize once, and prune before it")
     begun = time.perf_counter()
     found = method.run(block, hidden, twin.forward(block.index), schemes, options, seed + block.index, work.note(block.name))
     seconds = (time.perf_counter() - begun) / max(len(found), 1)

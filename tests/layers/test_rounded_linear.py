@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import quantize
-from qtool.layers.rounded_linear import RoundedLinear
+from qtool.formats.scheme import ActivationScheme, Scheme
+from qtool.formats.tensor import quantize, to_groups
+from qtool.layers.quant_linear import snap_per_token
+from qtool.layers.rounded_linear import RoundedLinear, group_values, soft_snap_per_token
 
 SCHEMES = ["w4a16g16", "w2a16g16-asym", "w3a16", "nf4g16", "mxfp4", "nvfp4"]
 
@@ -26,12 +27,10 @@ def test_it_starts_as_rounding_to_nearest(short: str) -> None:
 
 @pytest.mark.parametrize("short", SCHEMES)
 def test_what_it_computes_with_is_what_it_comes_to(short: str) -> None:
-    layer = RoundedLinear(weights(), torch.ones(6), Scheme.model_validate(short))
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        layer.V.copy_(torch.rand(layer.V.shape, generator=random) - 0.5)
-        layer.alpha.copy_(0.5 + 0.5 * torch.rand(layer.alpha.shape, generator=random))
-        layer.beta.copy_(0.5 + 0.5 * torch.rand(layer.beta.shape, generator=random))
+    scheme, random = Scheme.model_validate(short), torch.Generator().manual_seed(1)
+    V = torch.rand(to_groups(weights(), scheme.weights).shape, generator=random) - 0.5  # [out, groups, group]
+    alpha, beta = (0.5 + 0.5 * torch.rand(V[..., :1].shape, generator=random) for _ in range(2))  # [out, groups, 1]
+    layer = RoundedLinear(weights(), torch.ones(6), scheme, alpha, beta, V)
     x = torch.randn(4, 32, generator=random)
     # As above, summed over 32 products.
     assert torch.allclose(layer(x), x @ layer.quantized().dequantize().T + 1, rtol=1e-4, atol=1e-4)
@@ -39,28 +38,31 @@ def test_what_it_computes_with_is_what_it_comes_to(short: str) -> None:
 
 def test_the_gradient_of_v_is_the_scale_times_that_of_the_weight_inside_the_range() -> None:
     W = torch.tensor([[0.1, -0.4, 0.9, 0.2]])
-    layer = RoundedLinear(W, None, Scheme.model_validate({"weights": {"bits": 3, "scale_dtype": "float32"}}))
-    with torch.no_grad():
-        layer.alpha.fill_(0.5)
-        layer.beta.fill_(0.5)  # the range is [-0.2, 0.45], the scale 0.45 / 3.5: 0.9 and the level 3 beyond it are clipped
+    scheme = Scheme.model_validate({"weights": {"bits": 3, "scale_dtype": "float32"}})
+    # The range is [-0.2, 0.45], the scale 0.45 / 3.5: 0.9 and the level 3 beyond it are clipped.
+    alpha, beta = (group_values(W, scheme, 0.5).requires_grad_() for _ in range(2))
+    V = torch.zeros(1, 1, 4, requires_grad=True)
+    W.requires_grad_()
+    layer = RoundedLinear(W, None, scheme, alpha, beta, V)
     passed = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     (layer.weight_values() * passed).sum().backward()
     scale = 0.45 / 3.5
-    assert layer.V.grad is not None and layer.alpha.grad is not None and layer.beta.grad is not None
-    assert layer.V.grad.flatten().tolist() == pytest.approx([1 * scale, 2 * scale, 0.0, 4 * scale])
+    assert V.grad is not None and alpha.grad is not None and beta.grad is not None and W.grad is not None
+    assert V.grad.flatten().tolist() == pytest.approx([1 * scale, 2 * scale, 0.0, 4 * scale])
     # d W^ / d scale = level - W / scale inside, level where clipped; d scale / d alpha = max W / 3.5
     inside = [round(w / scale) - w / scale for w in (0.1, -0.4, 0.2)]
     expected = (1 * inside[0] + 2 * inside[1] + 3 * 3 + 4 * inside[2]) * 0.9 / 3.5
-    assert float(layer.alpha.grad) == pytest.approx(expected, rel=1e-4)
-    assert float(layer.beta.grad) == 0.0  # the other end is the larger one
+    assert float(alpha.grad) == pytest.approx(expected, rel=1e-4)
+    assert float(beta.grad) == 0.0  # the other end is the larger one
+    # d W^ / d W = 1 inside, 0 where clipped; the largest weight also carries the scale, d scale / d max W = 0.5 / 3.5
+    by_scale = expected / 0.9 * 0.5
+    assert W.grad.flatten().tolist() == pytest.approx([1.0, 2.0, by_scale, 4.0], rel=1e-4)
 
 
 def test_codes_differ_from_rounding_by_at_most_one_while_ranges_stay() -> None:
     scheme = Scheme.model_validate("w4a16g16-asym")
-    layer = RoundedLinear(weights(), None, scheme)
-    with torch.no_grad():
-        layer.V.copy_(10 * torch.randn(layer.V.shape, generator=torch.Generator().manual_seed(1)))
-    layer.clamp()
+    V = torch.rand(6, 2, 16, generator=torch.Generator().manual_seed(1)) - 0.5  # [out, groups, group]
+    layer = RoundedLinear(weights(), None, scheme, V=V)
     difference = layer.quantized().codes.int() - quantize(weights(), scheme.weights).codes.int()
     assert difference.abs().max() == 1
 
@@ -68,9 +70,22 @@ def test_codes_differ_from_rounding_by_at_most_one_while_ranges_stay() -> None:
 def test_an_all_zero_group_stays_zero_whatever_is_learned() -> None:
     W = weights()
     W[:, :16] = 0.0
-    layer = RoundedLinear(W, None, Scheme.model_validate("w4a16g16-asym"))
-    with torch.no_grad():
-        layer.alpha.zero_()
-        layer.beta.zero_()
+    layer = RoundedLinear(W, None, Scheme.model_validate("w4a16g16-asym"), alpha=0.0, beta=0.0)
     assert layer.quantized().dequantize().isfinite().all()
     assert torch.equal(layer.quantized().dequantize()[:, :16], torch.zeros(6, 16))
+
+
+def test_inputs_are_rounded_per_token_and_the_gradient_shrinks_the_largest() -> None:
+    """x^ = scale level, scale = max |x| / 7.5; d x^ / d scale = level - x / scale, or the level where clipped."""
+    scheme = ActivationScheme(bits=4)
+    x = torch.tensor([[0.3, -3.0, 1.1], [0.02, 0.5, -0.9]], requires_grad=True)
+    found, scale = soft_snap_per_token(x, scheme), torch.tensor([[3.0], [0.9]]) / 7.5
+    assert torch.allclose(found, snap_per_token(x.detach(), scheme), atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    level, ratio = found.detach() / scale, x.detach() / scale
+    clipped = (ratio < -8) | (ratio > 7)
+    by_scale = torch.where(clipped, level, level - ratio).sum(1)  # d sum / d scale of each token
+    expected = (~clipped).float()
+    expected[0, 1] -= by_scale[0] / 7.5  # max |x| is -x there
+    expected[1, 2] -= by_scale[1] / 7.5
+    assert torch.allclose(gradient, expected, atol=1e-5)

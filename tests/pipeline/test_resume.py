@@ -99,6 +99,8 @@ def test_an_interrupt_after_any_advance_changes_no_bit(
     [
         {"quantize/gptq": {"scheme": "w4a16g32", "alpha": 0.25, "ignore": []}},
         {"quantize/sign_round": {"scheme": "w4a16g32", "steps": 3}},
+        {"quantize/omniquant": {"scheme": "w4a16g32", "steps": 3}},
+        {"transform/let": {"scheme": "w4a16g32", "steps": 3}},
     ],
     ids=lambda step: next(iter(step)),
 )
