@@ -108,6 +108,44 @@ def test_a_law_catches_a_method_that_breaks_it(kind: str, run: Callable[..., obj
         laws.of(method)[law]()
 
 
+# ---- transform: one matrix, reshaped ----
+
+
+class FactorOptions(Selection):
+    factor: float = Field(0.9, description="new shape over the old one")
+
+
+def peaked(W: Tensor, stats: LayerStats | None, options: FactorOptions, note: Note) -> Tensor:
+    return W.sign() * W.abs() ** (1 / options.factor)
+
+
+def untouched(W: Tensor, stats: LayerStats | None, options: FactorOptions, note: Note) -> Tensor:
+    return W
+
+
+def turned(W: Tensor, stats: LayerStats | None, options: FactorOptions, note: Note) -> Tensor:
+    return -W
+
+
+def jittered(W: Tensor, stats: LayerStats | None, options: FactorOptions, note: Note) -> Tensor:
+    return W + 1e-6 * torch.rand_like(W)
+
+
+@pytest.mark.parametrize(
+    ("run", "law"),
+    [
+        (peaked, "reshaping_keeps_mean_and_deviation"),
+        (turned, "reshaping_keeps_the_order"),
+        (jittered, "reshaping_keeps_the_order"),
+        (untouched, "the_shape_falls_by_the_factor"),
+        (jittered, "reshaping_is_deterministic"),
+    ],
+)
+def test_the_laws_of_reshaping_catch_a_broken_member(run: Callable[..., Tensor], law: str) -> None:
+    with pytest.raises(AssertionError):
+        laws.of(Method(run=run, options=FactorOptions, scope="linear", key="transform/broken"))[law]()
+
+
 # ---- factorize: a truncated SVD satisfies its laws ----
 
 

@@ -148,6 +148,11 @@ def test_a_step_that_needs_text_is_refused_before_calibration(key: str) -> None:
     assert problems(text) == [f"r.yaml:3: {key} needs calibration text; put calibrate/text before it"]
 
 
+def test_a_transform_of_single_linears_needs_no_text() -> None:
+    text = "model: demo\npipeline:\n  - transform/deep_shape: {factor: 0.8}\n"
+    assert [step.key for step in parse(text, "r.yaml").steps] == ["transform/deep_shape"]
+
+
 def test_rounding_needs_text_only_where_its_range_does() -> None:
     text = "model: demo\npipeline:\n  - quantize/rtn: {scheme: w4a16g128, range: minmax}\n"
     assert [step.key for step in parse(text, "r.yaml").steps] == ["quantize/rtn"]

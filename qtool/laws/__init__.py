@@ -27,7 +27,11 @@ from qtool.laws.linear import (
     pruning_rows_apart_is_the_same,
     quantizing_is_deterministic,
     quantizing_rows_apart_is_the_same,
+    reshaping_is_deterministic,
+    reshaping_keeps_mean_and_deviation,
+    reshaping_keeps_the_order,
     sparsity_is_exact,
+    the_shape_falls_by_the_factor,
 )
 from qtool.laws.model import (
     evaluating_repeats,
@@ -74,6 +78,12 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
     ),
     ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
     ("transform", "block"): (transforming_keeps_the_output, transforming_is_deterministic),
+    ("transform", "linear"): (
+        reshaping_keeps_mean_and_deviation,
+        reshaping_keeps_the_order,
+        the_shape_falls_by_the_factor,
+        reshaping_is_deterministic,
+    ),
     ("distill", "training"): (the_loss_is_smallest_at_the_teacher, the_gradient_is_finite),
     ("evaluate", "model"): (evaluating_repeats,),
     ("export", "model"): (exported_bytes_are_the_model,),

@@ -1,5 +1,6 @@
-"""Laws of the methods that see one matrix: quantizers, pruners and factorizations, on a layer with correlated inputs."""
+"""Laws of the methods that see one matrix: quantizers, pruners, transforms, factorizations, on correlated inputs."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def codes_in_range(method: Method) -> None:
         assert grid.low <= least and most <= grid.high, f"{scheme}: codes from {least} to {most}"
         shape = to_groups(problem.W, tensor.scheme).shape[:2]
         assert tensor.scale.shape == shape, f"{scheme}: scale {tuple(tensor.scale.shape)}, must be {tuple(shape)}"
-        assert bool((tensor.scale > 0).all()), f"{scheme}: a scale is not positive"
+        assert bool((tensor.scale.float() != 0).all()), f"{scheme}: a scale is zero"
         assert (tensor.zero is None) == tensor.scheme.symmetric, f"{scheme}: zero points contradict `symmetric`"
         if tensor.zero is not None and tensor.scheme.zero_dtype == "int":
             assert int(tensor.zero.max()) <= grid.high, f"{scheme}: zero points out of range"
@@ -186,6 +187,62 @@ def pruning_rows_apart_is_the_same(method: Method) -> None:
         half = run_prune(method, {"sparsity": 0.5}, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
         agree = float(((whole[: OUT // 2] == 0) == (half == 0)).float().mean())
         assert agree > 0.98, f"{agree:.1%} of the mask agrees"
+
+
+# ---- transform ----
+
+
+def run_reshape(method: Method, factor: float, problem: Problem) -> Tensor:
+    options = method.options.model_validate({"factor": factor})
+    result = method.run(problem.W.clone(), statistics(method, options, problem), options, lambda text: None)
+    assert isinstance(result, Tensor), f"{method.key} returns {type(result).__name__}, must be Tensor"
+    assert result.shape == problem.W.shape, f"shape {tuple(result.shape)}, must be {tuple(problem.W.shape)}"
+    assert bool(torch.isfinite(result).all()), f"{method.key} returns values that are not finite"
+    return result
+
+
+def reshaping_keeps_mean_and_deviation(method: Method) -> None:
+    """Mean and standard deviation of all weights stay, within a thousandth of the deviation."""
+    W = linear_problem().W + 0.3
+    for factor in (0.25, 0.5, 0.9):
+        changed = run_reshape(method, factor, Problem(W, linear_problem().H, linear_problem().x))
+        mean, deviation = float(changed.mean() - W.mean()), float(changed.std() / W.std())
+        assert abs(mean) < 1e-3 * float(W.std()), f"factor {factor}: the mean moves by {mean:.2g}"
+        assert abs(deviation - 1) < 1e-3, f"factor {factor}: the standard deviation is {deviation:.4f} of what it was"
+
+
+def reshaping_keeps_the_order(method: Method) -> None:
+    """Of two weights the greater does not become the smaller, and equal weights stay equal."""
+    problem = linear_problem()
+    W = torch.round(problem.W * 20) / 20  # many equal ones
+    changed = run_reshape(method, 0.5, Problem(W, problem.H, problem.x)).flatten()
+    order = W.flatten().argsort(stable=True)
+    steps, new_steps = W.flatten()[order].diff(), changed[order].diff()
+    assert bool((new_steps >= 0).all()), "a greater weight becomes the smaller"
+    assert bool((new_steps[steps == 0] == 0).all()), "equal weights become unequal"
+
+
+def the_shape_falls_by_the_factor(method: Method) -> None:
+    """The shape that the moments tell is `factor` times what it was, within 0.1."""
+    problem = linear_problem()
+    before = shape_of_moments(problem.W)
+    for factor in (0.4, 0.6, 0.9):
+        shape = shape_of_moments(run_reshape(method, factor, problem))
+        assert abs(shape - before * factor) < 0.1, f"factor {factor}: shape {shape:.2f}, must be {before * factor:.2f}"
+
+
+def shape_of_moments(W: Tensor) -> float:
+    """The generalised Gaussian's shape, in hundredths, for which E w² / (E |w|)² about the mean is that of W."""
+    D = W.double() - W.double().mean()
+    ratio = float(D.square().mean() / D.abs().mean() ** 2)
+    shapes = [n / 100 for n in range(20, 300)]
+    return min(shapes, key=lambda s: abs(math.gamma(1 / s) * math.gamma(3 / s) / math.gamma(2 / s) ** 2 - ratio))
+
+
+def reshaping_is_deterministic(method: Method) -> None:
+    """Two runs give the same bits."""
+    first, second = (run_reshape(method, 0.5, linear_problem()) for _ in range(2))
+    assert torch.equal(first, second), "two runs differ"
 
 
 # ---- factorize ----

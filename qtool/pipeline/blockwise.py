@@ -3,9 +3,10 @@
 For each block:  observe its linears' inputs -> the method -> install -> go on with the changed linears -> save.
 With `true_sequential` one walk does it, linears that share an input at a time; without, one pass observes all linears as
 they were and a second one carries the changed block's outputs on.
-A transform leaves the model's function alone, so blocks after it are fed from the model before the step; a quantizer or
-pruner changes it, so they are fed from the changed blocks. Methods of scope block, and those that ask for the drift, also
-see what the model before the step has in the same place: a twin that goes through the blocks beside the changing one.
+A transform of scope block leaves the model's function alone, so blocks after it are fed from the model before the step; a
+quantizer or pruner changes it, and so does a transform of scope linear: they are fed from the changed blocks. Quantizers of
+scope block, and methods that ask for the drift, also see what the model before the step has in the same place: a twin that
+goes through the blocks beside the changing one.
 Factorize makes up for what quantization took: it sees W - W^, W of the model as it was right before the quantize steps.
 """
 
@@ -50,7 +51,7 @@ def run_blockwise(
     needs_inputs = bool(needs) or method.scope == "block"
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
-    changes_function = method.kind != "transform"
+    changes_function = method.kind != "transform" or method.scope == "linear"
     head = head_to_change(model, options) if isinstance(options, Selection) else None
     if unquantized is not None:
         head = check_quantized(model, method, options, head)
@@ -138,6 +139,11 @@ def check_selection(model: ModelHandle, method: Method, options: Selection) -> N
         for name in names:
             scheme = options.scheme_of(name)
             shape = model.linear_shape(name)
+            if scheme is not None and shape[1] % scheme.weights.grid.width:
+                raise QtoolError(
+                    f"{method.key}: {name}: {shape[1]} columns do not divide into codes of {scheme.weights.grid.width}, which "
+                    f"{scheme.weights.format} has; add it to ignore"
+                )
             if scheme is None or scheme.weights.group is None:
                 continue
             divided = shape[1] if scheme.weights.group_along == "out_channel" else shape[0]

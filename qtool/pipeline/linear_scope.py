@@ -1,4 +1,4 @@
-"""What a step does to linears, those that share an input at a time: quantize, prune, or make up for quantization."""
+"""What a step does to linears, those that share an input at a time: quantize, prune, reshape, make up for quantization."""
 
 import contextlib
 import time
@@ -97,7 +97,7 @@ def side_by_side(walk: Walk, beside: Walk | None) -> Iterator[tuple[str, list[Te
 def change_linears(
     block: Block, names: tuple[str, ...], stats: LayerStats | None, method: Method, options: Any, work: Work
 ) -> None:
-    """Quantize or prune linears that share an input, in one call where the method works row by row."""
+    """Quantize, prune or reshape linears that share an input, in one call where the method works row by row."""
     batches: list[tuple[Scheme | None, list[str]]] = []
     for name in names:
         if isinstance(block.get(name), QuantLinear):
@@ -137,13 +137,18 @@ def change_linears(
             work.linears.append(
                 {
                     "name": name,
-                    "scheme": str(scheme) if scheme is not None else f"sparse {float((after == 0).float().mean()):.2f}",
+                    "scheme": str(scheme) if scheme is not None else in_words(method, after),
                     "seconds": seconds * (stop - start) / n_rows,
                     **errors(before, after, stats),
                 }
             )
             start = stop
         return_free_memory()
+
+
+def in_words(method: Method, after: Tensor) -> str:
+    """What stands for the scheme of a linear that keeps its dtype."""
+    return f"sparse {float((after == 0).float().mean()):.2f}" if method.kind == "prune" else "dense"
 
 
 def compensate_linears(

@@ -44,7 +44,7 @@ from qtool.recipe.tree import (
 )
 
 Checked = TypeVar("Checked", bound=Options)
-ALWAYS_FED = ("transform", "search", "distill")  # kinds that see text whatever statistics they need
+ALWAYS_FED = ("transform", "search", "distill")  # kinds that see text whatever statistics they need, but for single linears
 CHANGING = ("transform", "quantize", "prune", "factorize", "distill")  # kinds that change the model
 
 
@@ -232,7 +232,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
-        needs_text = method.kind in ALWAYS_FED or (options is not None and method.needed(options) != ())
+        is_always_fed = method.kind in ALWAYS_FED and method.scope != "linear"
+        needs_text = is_always_fed or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))
         if options is None:

@@ -108,6 +108,14 @@ def test_groups_that_do_not_divide_stop_before_any_work(tiny_model: Callable[...
         run(tiny_model("llama"), "pipeline.quantize/gptq.scheme=w4a16g96")
 
 
+def test_codes_of_eight_that_do_not_divide_stop_before_any_work(
+    tiny_model: Callable[..., Path], run: Callable[..., object], tmp_path: Path
+) -> None:
+    with pytest.raises(QtoolError, match=r"mlp\.down_proj: 132 columns do not divide into codes of 8, which e8p has; add it"):
+        run(tiny_model("llama", intermediate_size=132), "pipeline.quantize/gptq.scheme=e8p")
+    assert not list((tmp_path / "out" / "state").glob("0*"))
+
+
 @pytest.mark.parametrize(
     ("family", "stated"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("llama", "max_position_embeddings")]
 )
