@@ -24,7 +24,7 @@ from qtool.options import Needs, Options
 KINDS = ("calibrate", "transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export")
 GUIDES = {
     "calibrate": "First: text for every step that looks at inputs.",
-    "transform": "Before rounding; the model computes the same. For weights alone GPTQ needs none; activations need one.",
+    "transform": "Before rounding. The model computes the same, but after deep_shape. GPTQ needs none; activations do.",
     "search": "Before quantizing: which linear gets which scheme.",
     "quantize": "rtn at eight bits; gptq at two to four; sign_round with more time; hqq or fine_quant without any text.",
     "prune": "Zeros: sparsegpt for quality, wanda for speed; 2:4 where the hardware has it. Then distill.",

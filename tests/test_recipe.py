@@ -99,7 +99,7 @@ gates:
         ("ignore: [lm_head]", "ignore: [*down_proj]", 6, "put a name pattern in quotes"),
         ("ignore: [lm_head]", "ignore: lm_head", 6, 'ignore is "lm_head"; valid: a list of text'),
         ("w4a16g128", "w4g", 6, "write w<bits>a<bits>"),
-        ("w4a16g128", "w9a16", 6, "scheme.weights.bits is 9; valid: integer >= 2 and <= 8"),
+        ("w4a16g128", "w9a16", 6, "scheme.weights.bits is 9; valid: integer >= 1 and <= 8"),
         ("w4a16g128", "{weights: {bits: 4, grup: 128}}", 6, 'scheme.weights: there is no "grup"; did you mean "group"'),
         ("w4a16g128", "w4a4kv4", 6, "no step quantizes the key/value cache"),
         ("scheme: w4a16g128, ", "", 6, "scheme is missing: shorthand such as w4a16g128"),

@@ -6,8 +6,11 @@
     w [..., group] floats    scale, zero [..., 1]    q [..., group] whole numbers
 A whole zero point is a code, so that 0 is a level; a float one is stored in float16 and lies between codes, as HQQ's does.
 Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range always holds 0, as GPTQ's does.
-Why scale = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies half a step beyond the last level,
-so no value is further than scale/2 from its level, and the levels use the negative half to its end.
+Why |scale| = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies half a step from the last level, so no value
+is further than scale/2 from its level, and the levels use the negative half to its end.
+Why the scale may be negative where symmetric: levels reach one step further on one side, and the side of the largest value is
+to have it; then ranges shrink with less clipped. Of normal weights in groups of 128 the squared error, in the best range each,
+falls by 9 % at three and four bits and by 7 % at two. So do the scales of llama.cpp's Q4_0.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +39,7 @@ class IntegerGrid:
     scale_dtype: str = "bfloat16"
     of_tensor: float = 1.0  # the part of the scales that all groups of a tensor share, see scales.py
     zero_dtype: str = "int"  # or float16
+    signed_scale: bool = False  # whether a symmetric grid's scale may be negative
 
     width = 1  # weights in one code
     smallest = 0.4  # of the full range: below it no group's best range lies
@@ -73,7 +77,8 @@ class IntegerGrid:
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]. An empty range gives scale 1."""
         if self.symmetric:
-            return Params(self._scale(torch.maximum(-minimum, maximum)), None)
+            scale = self._scale(torch.maximum(-minimum, maximum))
+            return Params(torch.where(maximum > -minimum, -scale, scale) if self.signed_scale else scale, None)
         minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
         scale = self._scale(maximum - minimum)
         return Params(scale, self.round_zero(-minimum / scale))
@@ -93,8 +98,11 @@ class IntegerGrid:
 
     def neighbours(self, w: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Codes next below (or at) and next above w [..., group], float whole numbers; beyond the ends the end's, twice."""
-        below = (w / p.scale if p.zero is None else w / p.scale + p.zero).floor()
-        return below.clamp(self.low, self.high), (below + 1).clamp(self.low, self.high)
+        x = w / p.scale if p.zero is None else w / p.scale + p.zero
+        is_rising = p.scale > 0  # whether higher codes are higher values
+        below = torch.where(is_rising, x.floor(), x.ceil())
+        above = torch.where(is_rising, below + 1, below - 1)
+        return below.clamp(self.low, self.high), above.clamp(self.low, self.high)
 
     def levels(self, q: Tensor) -> Tensor:
         """Values of codes q [..., group] before any zero point and scale, float32."""

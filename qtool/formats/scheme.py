@@ -127,7 +127,9 @@ class WeightScheme(Options):
     @property
     def grid(self) -> Grid:
         if self.format == "int":
-            return IntegerGrid(self.bits, self.symmetric, self.scale_dtype, zero_dtype=self.zero_dtype)
+            # Powers of two have no sign, and scales that are quantized themselves are all alike only if they have one sign.
+            signed = self.symmetric and self.scale_dtype != "float8_e8m0fnu" and not self.double_quant
+            return IntegerGrid(self.bits, self.symmetric, self.scale_dtype, zero_dtype=self.zero_dtype, signed_scale=signed)
         if self.format == "power":
             return PowerGrid(self.format, self.scale_dtype, bits=self.bits)
         if self.format in LATTICES:

@@ -64,8 +64,8 @@ class RoundedLinear(nn.Module):
 def soft_params(grid: Grid, low: Tensor, high: Tensor, stored: Params) -> Params:
     """The params as they are stored for the range from low to high [..., 1], with gradients that reach both ends."""
     if stored.zero is None:
-        scale = straight_through(torch.maximum(-low, high) / grid.largest, stored.scale)
-        return Params(scale, None, stored.second)
+        scale = torch.maximum(-low, high) / grid.largest * stored.scale.sign()
+        return Params(straight_through(scale, stored.scale), None, stored.second)
     first, last = grid.ends
     if isinstance(grid, IntegerGrid):  # whose range holds 0
         low, high = low.clamp(max=0), high.clamp(min=0)

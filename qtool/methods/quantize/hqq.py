@@ -70,7 +70,8 @@ def update(target: Tensor, q: Tensor, params: Params, grid: Grid) -> Params:
     level = grid.levels(q) if params.zero is None else q - params.zero  # [out, groups, group]
     squares = level.square().sum(-1, keepdim=True)  # [out, groups, 1]
     scale = (level * target).sum(-1, keepdim=True) / squares.clamp(min=torch.finfo(torch.float32).tiny)
-    return Params(grid.fit_range(torch.zeros_like(scale), scale * grid.largest).scale, params.zero)
+    end = -scale * grid.largest  # the range whose scale has this sign
+    return Params(grid.fit_range(end.clamp(max=0), end.clamp(min=0)).scale, params.zero)
 
 
 def choose(is_better: Tensor, new: Params, old: Params) -> Params:

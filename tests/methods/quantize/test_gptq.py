@@ -95,7 +95,8 @@ def fit(w: Tensor, short: str) -> tuple[float, int]:
     """Scale in bfloat16 and zero point of the full range of w [group]."""
     scheme = Scheme.model_validate(short).weights
     if scheme.symmetric:
-        return float((w.abs().max() / (2 ** (scheme.bits - 1) - 0.5)).bfloat16()), 0
+        sign = -1 if w.max() > -w.min() else 1
+        return sign * float((w.abs().max() / (2 ** (scheme.bits - 1) - 0.5)).bfloat16()), 0
     least, most = min(float(w.min()), 0.0), max(float(w.max()), 0.0)
     scale = float(torch.tensor((most - least) / (2**scheme.bits - 1)).bfloat16())
     return scale, min(max(round(-least / scale), 0), 2**scheme.bits - 1)
@@ -131,8 +132,8 @@ def test_the_golden_catches_a_wrong_slice_that_the_law_lets_pass(act_order: str,
 
     monkeypatch.setattr(module, "sweep", spread_twice)
     W, stats = problem(6, 48)
-    tensor = run(W, stats, "w3a16g8", act_order=act_order, range="minmax")
-    assert tensor.codes.tolist() != golden(W, stats, "w3a16g8", act_order)[0]
+    tensor = run(W, stats, "w4a16g8-asym", act_order=act_order, range="minmax")
+    assert tensor.codes.tolist() != golden(W, stats, "w4a16g8-asym", act_order)[0]
     assert loss(W, tensor, stats) < loss(W, quantize(W, tensor.scheme), stats)
     laws.loss_is_no_worse_than_rounding(replace(METHOD, key="quantize/gptq"))
 
@@ -188,7 +189,7 @@ def test_a_dead_column_is_rounded_and_changes_no_other(act_order: str, short: st
     stats.hessian()[7], stats.hessian()[:, 7] = 0, 0
     W[:, 7] = 0.01  # inside every range
     tensor = run(W, stats, short, act_order=act_order, range="minmax")
-    scale = tensor.scale[:, 7 // 32].float()
+    scale = tensor.scale[:, 7 // 32].float().abs()
     # A whole zero point shifts nothing: each weight lies within half a step of its level.
     assert bool(((tensor.dequantize()[:, 7] - 0.01).abs() <= 0.5001 * scale).all())
     W[:, 7] = -0.01

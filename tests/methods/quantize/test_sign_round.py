@@ -52,7 +52,8 @@ def test_three_steps_equal_the_algorithm_written_out(tiny_model: Callable[..., P
     found = sign_round(block, hidden, targets, {name: scheme}, options, 0, print)[name]
 
     W = weight_of(block.get(name))
-    scale = W.abs().amax(1, keepdim=True) / 1.5
+    is_positive = W.amax(1, keepdim=True) > -W.amin(1, keepdim=True)  # the largest value, which takes the longer side
+    scale = torch.where(is_positive, -1, 1) * W.abs().amax(1, keepdim=True) / 1.5
     seen: list[Tensor] = []
     hook = block.get(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     out = block.forward(hidden)

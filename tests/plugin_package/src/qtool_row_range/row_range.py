@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
+from qtool.errors import QtoolError
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.registry import Method
@@ -27,6 +28,8 @@ def row_range(
     W: Tensor, stats: LayerStats, scheme: WeightScheme, options: RowRangeOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
     """W [out, in] float32, rounded in its best ranges; the full range is among them, so never worse than rounding."""
+    if scheme.group_along == "in_channel":
+        raise QtoolError("a row's range needs groups along its row; leave -ic away")
     H, grouped = stats.hessian(), to_groups(W, scheme)  # [in, in], [out, groups, group]
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)  # [out, groups, 1]
     ratios = 1 - 0.25 * torch.arange(options.candidates) / options.candidates  # [candidates]
