@@ -5,10 +5,12 @@
     in_channel:  weights of one input, neighbours along `out`, share a scale      scale [in, out / group]
     W, Q_d [out, in]    H [in, in] mean of x xᵀ
 Then W is rounded so, or quantized by GPTQ in groups of d; in_channel every column's ranges are fitted at its own turn.
-Source: Heo et al. 2023, arXiv:2309.15531. Differs: the error is that of the linear's own output, over all
-tokens by H, not of the output of the module that it is a part of.
+Source: Heo et al. 2023, arXiv:2309.15531. Differs: the error is that of the linear's own output, over all tokens by H, not of
+the output of the module that it is a part of.
+Why no more is promised: the demo model has few strong inputs, and 7 of 42 linears take in_channel. KL on its validation text at
+w3a16g128, GPTQ alone and in the chosen groups: 0.0353, 0.0351; with zero points 0.0303, 0.0299.
 For: below four bits, where single input channels are outliers; runtimes must know groups along inputs.
-Costs: GPTQ twice at most.
+Costs: GPTQ, and two roundings to nearest.
 """
 
 from collections.abc import Callable

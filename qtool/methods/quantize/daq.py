@@ -5,11 +5,11 @@
     L = D H_gg Dᵀ,   D = w - decode(encode(w))      w^ = s (level - z)
     w, D [out, groups, group]    z, s, c, k, L [out, groups, 1]    H_gg [groups, group, group] blocks of the mean of x xᵀ
     h: half the span of the levels    e: 5 eps · 0.9^i and eps / 5 · 1.1^i by turns, i = 0, 1, ..
-Source: Luo et al. 2024, arXiv:2410.12187, sections 3.2 and 3.3. Differs: L is taken over all tokens by H, not over a sample of
+Source: Luo et al. 2024, arXiv:2410.12187. Differs: L is taken over all tokens by H, not over a sample of
 them; z and s are rounded as they are stored whenever they are judged; fewer steps of larger sizes; a group whose plain full
 range has a lower L starts there.
 For: tables such as NF4 and E2M1 in runtimes that take float zero points.
-Costs: one pass through the model and some fifty trial roundings of each group.
+Costs: one pass through the model and some 120 trial roundings of each group.
 """
 
 from collections.abc import Callable, Iterator
