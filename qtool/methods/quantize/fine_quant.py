@@ -5,6 +5,9 @@
 Halving all groups of a matrix without outliers lowers the mean range a little; outliers that reach fewer weights, much.
 Source: Kim et al. 2023, arXiv:2308.09723 (adaptive granularity). Differs: tau, the threshold, is our reading of the rule,
 and halving stops where the next group would not divide the columns.
+Why tau is to be tried: of weights near normal ones, as the demo model's, a half group's range is 0.9 to 0.95 of the whole's.
+KL on its validation text at w4, and bits per weight, by tau: 0.9 0.0755 at 4.06, 0.95 0.0508 at 4.23; one group for all: a row
+0.0767 at 4.05, 128 0.0714 at 4.12, 64 0.0498 at 4.25. Its matrices are too much alike for it to gain on one group for all.
 For: no calibration text, and group sizes that each matrix needs at least.
 Costs: seconds, no calibration.
 """
