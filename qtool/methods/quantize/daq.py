@@ -8,6 +8,9 @@
 Source: Luo et al. 2024, arXiv:2410.12187. Differs: L is taken over all tokens by H, not over a sample of
 them; z and s are rounded as they are stored whenever they are judged; fewer steps of larger sizes; a group whose plain full
 range has a lower L starts there.
+Why 30 steps: KL on the demo model's validation text at nf4g128 is 0.0116, after 10 steps 0.0120, and 0.0116 from ranges around
+zero, as its weights lie there. Rounding has 0.0471 (with zero points 0.0428), HQQ 0.0421; at e2m1g128 DAQ has 0.0150, rounding
+0.0570, HQQ 0.0503. The float16 zero points cost 0.125 bits per weight.
 For: tables such as NF4 and E2M1 in runtimes that take float zero points.
 Costs: one pass through the model and some 120 trial roundings of each group.
 """
