@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -205,7 +204,6 @@ def run_qtool(job_file: Path) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump({"model": job["model"], "pipeline": steps}, sort_keys=False))
     recipe = load(out / "recipe.yaml")
     results = run_recipe(recipe, out / "run", Silent(), fresh=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     changes = tuple(sorted(path.parent for path in (out / "run" / "state").glob("*/block_000.safetensors")))
     model = ModelHandle(recipe.model.model_copy(update={"dtype": "float32"}), changes)
     weights: dict[str, torch.Tensor] = {}
@@ -221,7 +219,7 @@ def run_qtool(job_file: Path) -> None:
         "version": __version__,
         "bits_per_weight": results["model"]["bits_per_weight"],
         "seconds": sum(stage["seconds"] for stage in results["stages"][1:]),
-        "peak_rss_gib": peak,
+        "peak_rss_gib": max(stage["peak_rss_gib"] for stage in results["stages"]),
         "note": f"{len(results['fallbacks'])} fallbacks",
     }
     (out / "result.json").write_text(json.dumps(result))

@@ -8,12 +8,13 @@ Nothing is written unless the weights pass the checks of `check_levels`, `check_
 """
 
 import json
-import resource
+import os
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,8 +114,12 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def peak_rss_gib() -> float:
-    """Peak resident memory of this process up to now (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process up to now.
+
+    Not getrusage's, which begins with that of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20  # from KiB
 
 
 def count_messages(messages: Iterable[str]) -> str:
@@ -193,6 +198,32 @@ def check_logits(model: PreTrainedModel, outcome: Outcome, sample: Tensor) -> st
     if not error <= MAX_LOGIT_ERROR:
         fail(f"logits of the written weights are {error:.2g} from the tool's own, must be within {MAX_LOGIT_ERROR}")
     return f"logits {error:.1e} from the tool's own, {before:.1e} from the unquantized"
+
+
+Quantize = Callable[[Job, PreTrainedModel, list[str]], float]  # the linears named, in place; returns wall seconds
+Dequantize = Callable[[Job, PreTrainedModel, list[str], list[str]], tuple[dict[str, Tensor], float]]  # see run_without_data
+
+
+def run_without_data(tool: str, quantize: Quantize, dequantize: Dequantize, note: str) -> None:
+    """Run the job with a tool that looks at no tokens.
+
+    dequantize(job, model, names, linears) gives all parameters in float32 by `names`, which the unquantized model has, the
+    linears' weights [out, in] from the tool's codes, and what the tool stores for these linears, in bits.
+    """
+    job = read_job()
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    tokens = read_tokens(job)
+    model = load_plain(job)
+    names = [name for name, _ in model.named_parameters()]
+    linears = block_linears(model)
+    n_weights = count_weights(model, linears)
+    seconds = quantize(job, model, linears)
+    peak = peak_rss_gib()
+    with torch.no_grad():
+        logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
+        weights, n_bits = dequantize(job, model, names, linears)
+    outcome = Outcome(seconds, peak, logits, weights, n_bits / n_weights, f"no calibration{note}")
+    write_result(job, tool, version(tool), outcome, tokens[0])
 
 
 def write_result(job: Job, tool: str, version: str, outcome: Outcome, sample: Tensor) -> None:

@@ -9,13 +9,11 @@ Dequantization: the tool's own codes, (code - zero) * scale, in float32. Bits pe
 of its layers, as its safetensors files hold them.
 """
 
-import os
 import time
-from importlib.metadata import version
 
 import peer_job
 import torch
-from peer_job import Job, Outcome
+from peer_job import Job
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,9 +32,8 @@ def quantize(job: Job, model: PreTrainedModel, linears: list[str]) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def dequantize(model: PreTrainedModel, names: list[str], linears: list[str]) -> tuple[dict[str, Tensor], int]:
-    """All parameters in float32, the linears' weights [out, in] from the tool's codes; and the bytes of these linears."""
+def dequantize(job: Job, model: PreTrainedModel, names: list[str], linears: list[str]) -> tuple[dict[str, Tensor], float]:
+    """All parameters in float32, the linears' weights [out, in] from the tool's codes; and the bits of these linears."""
     from hqq.core.quantize import Quantizer
 
     kept = dict(model.named_parameters())
@@ -50,25 +47,8 @@ def dequantize(model: PreTrainedModel, names: list[str], linears: list[str]) -> 
         if layer.bias is not None:
             weights[f"{name}.bias"] = layer.bias.float()
         n_bytes += layer.W_q.nbytes + layer.meta["scale"].nbytes + layer.meta["zero"].nbytes
-    return weights, n_bytes
-
-
-def main() -> None:
-    job = peer_job.read_job()
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    tokens = peer_job.read_tokens(job)
-    model = peer_job.load_plain(job)
-    names = [name for name, _ in model.named_parameters()]
-    linears = peer_job.block_linears(model)
-    n_weights = peer_job.count_weights(model, linears)
-    seconds = quantize(job, model, linears)
-    peak = peer_job.peak_rss_gib()
-    with torch.no_grad():
-        logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
-    weights, n_bytes = dequantize(model, names, linears)
-    outcome = Outcome(seconds, peak, logits, weights, 8 * n_bytes / n_weights, "no calibration")
-    peer_job.write_result(job, "hqq", version("hqq"), outcome, tokens[0])
+    return weights, 8 * n_bytes
 
 
 if __name__ == "__main__":
-    peer_job.run(main)
+    peer_job.run(lambda: peer_job.run_without_data("hqq", quantize, dequantize, note=""))

@@ -8,13 +8,11 @@ Dequantization: the tool's own codes times its scales, in float32. Bits per weig
 counted are the job's bits a weight, its scales as it keeps them, and, if asymmetric, a zero point of the job's bits a group.
 """
 
-import os
 import time
-from importlib.metadata import version
 
 import peer_job
 import torch
-from peer_job import Job, Outcome
+from peer_job import Job
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,40 +34,21 @@ def quantize(job: Job, model: PreTrainedModel, linears: list[str]) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def dequantize(job: Job, model: PreTrainedModel, names: list[str], linears: list[str]) -> tuple[dict[str, Tensor], int]:
-    """All parameters in float32, the linears' weights [out, in] from the tool's codes; and bytes of scales and zero points."""
+def dequantize(job: Job, model: PreTrainedModel, names: list[str], linears: list[str]) -> tuple[dict[str, Tensor], float]:
+    """All parameters in float32, the linears' weights [out, in] from the tool's codes; and the bits of these linears."""
     weights = {}
-    n_bytes = 0
+    n_bits = 0.0
     for name in names:
         value = model.get_parameter(name)
         if name.removesuffix(".weight") in linears and name.endswith(".weight"):
             scale, zero = value.scale.float()[..., None], value.zero_point.float()[..., None]  # [out, in / group, 1]
             codes = value.qdata.float().reshape(*scale.shape[:2], job.group)  # [out, in / group, group]
             weights[name] = ((codes - zero) * scale).reshape(value.shape)
-            n_bytes += value.scale.nbytes + (0 if job.symmetric else zero.numel() * job.bits / 8)
+            n_bits += value.numel() * job.bits + 8 * value.scale.nbytes + (0 if job.symmetric else zero.numel() * job.bits)
         else:
             weights[name] = value.float().contiguous()
-    return weights, n_bytes
-
-
-def main() -> None:
-    job = peer_job.read_job()
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    tokens = peer_job.read_tokens(job)
-    model = peer_job.load_plain(job)
-    names = [name for name, _ in model.named_parameters()]
-    linears = peer_job.block_linears(model)
-    n_weights = peer_job.count_weights(model, linears)
-    seconds = quantize(job, model, linears)
-    peak = peer_job.peak_rss_gib()
-    with torch.no_grad():
-        logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
-    weights, n_bytes = dequantize(job, model, names, linears)
-    bits = job.bits + 8 * n_bytes / n_weights
-    outcome = Outcome(seconds, peak, logits, weights, bits, "no calibration; codes counted as packed")
-    peer_job.write_result(job, "torchao", version("torchao"), outcome, tokens[0])
+    return weights, n_bits
 
 
 if __name__ == "__main__":
-    peer_job.run(main)
+    peer_job.run(lambda: peer_job.run_without_data("torchao", quantize, dequantize, note="; codes counted as packed"))
