@@ -28,8 +28,12 @@ CHUNK = 1 << 16  # weights searched at once, so that they stay in a core's cache
 
 def search_range(w: Tensor, grid: Grid, cost: Cost, steps: int = STEPS) -> Params:
     """Params [out, groups, 1] of w [out, groups, group]; never worse by `cost` than the full range."""
-    rows = max(1, CHUNK // w[0].numel())
-    parts = [_search(chunk, grid, cost, steps) for chunk in w.split(rows)]
+    return a_few_rows_at_a_time(w, lambda chunk: _search(chunk, grid, cost, steps))
+
+
+def a_few_rows_at_a_time(w: Tensor, find: Callable[[Tensor], Params]) -> Params:
+    """What `find` gives for w [out, groups, group], called on as many rows as stay in a core's cache."""
+    parts = [find(chunk) for chunk in w.split(max(1, CHUNK // w[0].numel()))]
     zeros = [part.zero for part in parts if part.zero is not None]
     return Params(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 

@@ -25,9 +25,9 @@ from qtool.layers.experts import Experts, is_fused
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint, find_files
-from qtool.model.compressed import read_compressed, read_scheme
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
+from qtool.model.readers import reader_of
 from qtool.model.store import LOW_RANK, Changes, load_additions, load_changes, load_schemes
 from qtool.options import ModelOptions
 
@@ -246,9 +246,10 @@ class ModelHandle:
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
+            reader = reader_of(self.quantization)
             for name, module in list(root.named_modules()):
                 if isinstance(module, nn.Linear) and not (root is self.model and self._in_block(name)):
-                    quantized = read_compressed(self.checkpoint, prefix + name, self.quantization)
+                    quantized = reader.read_linear(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
                         self._place_quantized(root, name, *quantized, None)
         for name, value in changes.items():
@@ -267,8 +268,9 @@ class ModelHandle:
         """Full name: scheme, of every quantized linear; reads headers and scales alone."""
         found: dict[str, Scheme] = {}
         if self.quantization is not None:
+            reader = reader_of(self.quantization)
             for name in self.linear_names():
-                scheme = read_scheme(self.checkpoint, name, self.quantization)
+                scheme = reader.read_scheme(self.checkpoint, name, self.quantization)
                 if scheme is not None:
                     found[name] = scheme
         for unit in (*(f"block_{index:03d}" for index in range(self.n_blocks)), "outer"):

@@ -28,6 +28,7 @@ from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, Selection, TrainingOptions
 from qtool.pipeline.blockwise import check_selection, run_blockwise
 from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.plan import planned_schemes
 from qtool.pipeline.search import check_covered, check_search, found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
@@ -43,6 +44,7 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     for step in recipe.steps:
         check_step(step, original, search)
         search = step if step.method.kind == "search" else search
+    check_exports(recipe.steps, original)
     folder = RunFolder(out)
     folder.open({"recipe": recipe.digest, "model": digest_model(original.folder)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
@@ -72,6 +74,15 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
     if step.method.check is not None:
         with located(step):
             step.method.check(model, step.options)
+
+
+def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
+    """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears."""
+    for index, step in enumerate(steps):
+        if step.method.holds is not None:
+            for schemes in planned_schemes(model, steps[:index]):
+                with located(step):
+                    step.method.holds(model, schemes, step.options)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A compressed-tensors checkpoint: packed integer weights, in the layout that transformers reads.
 
 Weights alone are written pack-quantized, weights of 2 to 8 bits with quantized activations int-quantized (one byte a
-code); the layouts stand in qtool/model/compressed.py. The linears of one scheme are one group in config.json's
+code); the layouts stand in qtool/model/readers/compressed_tensors.py. The linears of one scheme are one group in config.json's
 quantization_config, named one by one, so that nothing hangs on patterns; linears left dense are listed under `ignore`.
 Two things transformers 5.23 reads only by decoding them while it loads (its integrations/compressed_tensors.py), in the
 dtype of the scales, here the model's:
@@ -49,7 +49,7 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
     schemes = model.schemes()
     check_model(model, options)
-    check_schemes(model, schemes)
+    check_schemes(model, schemes, options)
     config = quantization_config(model, schemes)
     is_lossless = True
 
@@ -82,7 +82,7 @@ def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
             raise QtoolError(f"{WHERE}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
 
 
-def check_schemes(model: ModelHandle, schemes: dict[str, Scheme]) -> None:
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> None:
     """Raise QtoolError where nothing is quantized, or more than the format can say."""
     if not schemes:
         raise QtoolError(f"{WHERE}: no linear is quantized; put a quantize step before it, or use export/safetensors")
@@ -189,4 +189,4 @@ def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return (grouped.to(dtype) * quantized.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
-METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model)
+METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
 from qtool.model.writer import write_checkpoint
 from qtool.options import Options
@@ -24,14 +25,19 @@ class SafetensorsOptions(Options):
 
 def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
     """Write the model into `out`; raises QtoolError where more than weights is quantized."""
-    for name, scheme in model.schemes().items():
+    check_schemes(model, model.schemes(), options)
+    write_checkpoint(model, out)
+    return describe_folder("safetensors", out, lossless=not model.additions())
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> None:
+    """Raise QtoolError where more than weights is quantized."""
+    for name, scheme in schemes.items():
         if scheme.activations is not None or scheme.kv is not None:
             raise QtoolError(
                 f"export/safetensors: {name} is quantized to {scheme}, but a dense checkpoint holds weights alone; "
                 "quantize weights only (such as w8a16), or use export/compressed_tensors"
             )
-    write_checkpoint(model, out)
-    return describe_folder("safetensors", out, lossless=not model.additions())
 
 
-METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", holds_additions=True)
+METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, holds_additions=True)

@@ -4,14 +4,15 @@ Minimize ‖W - W^‖_p^p over the zero point, split by E, what outliers are let
     q = encode(W)    W^ = decode(q)    E = shrink(W - W^),  shrink(e) = sign(e) max(|e| - |e|^(p-1) / beta, 0)
     zero = mean(q - (W - E) / scale)  over the group;   beta <- kappa beta
     W, W^, E [out, groups, group]    zero, scale [out, groups, 1]
-Each group keeps what gave it the least mean |W - W^|, of the full range (plain rounding) and all steps.
+Each group keeps what gave it the least squared error, of the full range (plain rounding) and all steps.
 Source: Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models, https://mobiusml.github.io/hqq_blog.
-Differs: a group keeps its own best step, where HQQ stops all of them once their common mean rises; the range holds 0. Only
-float zero points (-asymf16) can move a little. Where zero points are codes, or there is none, as in a table, the scale is
-found in their place: scale = <level, W - E> / <level, level>, the same least squares, `level` being W^ in units of the scale.
+Differs: a group keeps its own best step, where HQQ stops all of them once their common mean |W - W^| rises, which is as good
+(a group's own mean |W - W^| is not: it lets off too much); the range holds 0. Only float zero points (-asymf16) can move a
+little. Where zero points are codes, or there is none, as in a table, the scale is found in their place:
+scale = <level, W - E> / <level, level>, the same least squares, `level` being W^ in units of the scale.
 Why not zero points rounded to codes at the end: on the demo model's validation text they are as good as none. Its KL there, in
-groups of 64, rounded and by HQQ: w4 -asymf16 0.036, 0.032; -asym 0.044, 0.038; symmetric 0.049, 0.040; w3 0.157, 0.163; 0.222,
-0.174; 0.273, 0.203. Float zero points cost 0.19 bits per weight; in powers of two, as in mxfp4, nothing is left to find.
+groups of 64, rounded and by HQQ: w4 -asymf16 0.037, 0.032; -asym 0.045, 0.038; symmetric 0.053, 0.042; w3 0.159, 0.159; 0.228,
+0.179; 0.303, 0.180. Float zero points cost 0.19 bits per weight; in powers of two, as in mxfp4, nothing is left to find.
 For: no calibration text; best with float16 zero points at four bits and below.
 Costs: seconds, no calibration.
 """
@@ -26,6 +27,7 @@ from qtool.calibration.statistics import LayerStats
 from qtool.formats.integer import Params
 from qtool.formats.scheme import Grid, SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
+from qtool.linalg.ranges import a_few_rows_at_a_time
 from qtool.registry import Method
 
 
@@ -44,17 +46,22 @@ def hqq(
     """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups."""
     w = to_groups(W, scheme)  # [out, groups, group]
     grid = scheme.grid.for_tensor(w)
+    return quantize(W, scheme, a_few_rows_at_a_time(w, lambda rows: split_and_solve(rows, grid, options)))
+
+
+def split_and_solve(w: Tensor, grid: Grid, options: HqqOptions) -> Params:
+    """The params [out, groups, 1] that the steps find for w [out, groups, group]."""
     params = best = grid.fit(w)
     least, beta = torch.full_like(best.scale, torch.inf), options.beta
     for step in range(options.steps + 1):
         q = grid.encode(w, params)  # [out, groups, group]
         error = w - grid.decode(q, params)
-        mean = error.abs().mean(-1, keepdim=True)  # [out, groups, 1]
+        mean = error.square().mean(-1, keepdim=True)  # [out, groups, 1]
         best, least = choose(mean < least, params, best), torch.minimum(mean, least)
         if step < options.steps:
             params = update(w - shrink(error, options.p, beta), q, params, grid)
             beta *= options.kappa
-    return quantize(W, scheme, best)
+    return best
 
 
 def shrink(error: Tensor, p: float, beta: float) -> Tensor:

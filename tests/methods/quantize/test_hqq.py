@@ -38,8 +38,8 @@ def rounded(W: Tensor, scheme: object) -> QuantizedTensor:
 
 
 def mean_error(W: Tensor, tensor: QuantizedTensor) -> Tensor:
-    """Mean |w - w^| of each group, [out, groups]."""
-    return (W - tensor.dequantize()).abs().unflatten(1, (-1, tensor.scheme.group or W.shape[1])).mean(-1)
+    """Mean squared error of each group, [out, groups]."""
+    return (W - tensor.dequantize()).square().unflatten(1, (-1, tensor.scheme.group or W.shape[1])).mean(-1)
 
 
 # ---- the golden: one group after the other, in Python's floats ----
@@ -53,7 +53,7 @@ def golden(w: list[float], levels: list[float], learns: str, scale: float, zero:
         places = [float(torch.tensor(x) / torch.tensor(scale)) + zero for x in w]
         nearest = [min(levels, key=lambda level, place=place: (abs(place - level), level % 2)) for place in places]
         errors = [x - scale * (level - zero) for x, level in zip(w, nearest, strict=True)]
-        found.append([sum(map(abs, errors)) / len(w), scale, zero])
+        found.append([sum(e * e for e in errors) / len(w), scale, zero])
         outliers = [math.copysign(max(abs(e) - abs(e) ** (p - 1) / beta, 0), e) if e else 0.0 for e in errors]
         targets = [x - e for x, e in zip(w, outliers, strict=True)]
         if learns == "zero":

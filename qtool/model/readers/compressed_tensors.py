@@ -37,7 +37,7 @@ def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Sc
     return schemes[0] if schemes else None
 
 
-def read_compressed(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None:
+def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None:
     """The quantized weights of the linear `name` with their scheme; None where the checkpoint holds it dense."""
     scheme = read_scheme(checkpoint, name, config)
     if scheme is None:
@@ -52,8 +52,6 @@ def read_compressed(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -
 
 def check_config(config: dict[str, Any]) -> None:
     """Raise QtoolError for a quantization_config that changes more than the weights and inputs of linears."""
-    if config.get("quant_method") != "compressed-tensors":
-        raise QtoolError(f"model: quantization by {config.get('quant_method')} cannot be read; compressed-tensors can")
     where = "model: config.json's quantization_config"
     if config.get("kv_cache_scheme"):
         raise QtoolError(f"{where}: a quantized cache (kv_cache_scheme) cannot be read; quantize again without it")
