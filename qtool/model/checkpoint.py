@@ -1,7 +1,9 @@
-"""Checkpoint: the tensors of a safetensors folder, read one block at a time under the names transformers uses.
+"""Checkpoint: the tensors of a safetensors or GGUF folder, read one block at a time under the names transformers uses.
 
 Checkpoint keys become parameter names through transformers' own conversion mapping, so a mixture's per-expert keys
-arrive as the fused tensor that the module holds. Nothing but safetensors is read: a pickle can run code.
+arrive as the fused tensor that the module holds. Nothing but safetensors and GGUF is read: a pickle can run code.
+Why a GGUF file is read as dense tensors, and not by a reader of quantized linears: its types hold more than qtool's schemes can
+say, and dense values are what a linear of codes multiplies by too, so what is measured is the same.
 """
 
 import copy
@@ -18,12 +20,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qtool.errors import QtoolError
+from qtool.model.gguf import GGUF
+from qtool.model.gguf_names import GgufFile
 
 EXPERT = re.compile(r"(.+\.experts)\.(gate_up|down)\.(\d+)")  # a linear of layers/experts.py by its full name
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key: the safetensors file that holds it; raises QtoolError where a file is missing or broken."""
+    """Checkpoint key: the file that holds it; raises QtoolError where a file is missing or broken."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -32,12 +36,19 @@ def find_files(folder: Path) -> dict[str, Path]:
             raise QtoolError(f"{index}: {outside[0]} lies outside the folder")
         return {key: folder / name for key, name in weight_map.items()}
     single = folder / "model.safetensors"
+    if not single.is_file() and (folder / GGUF).is_file():
+        single = folder / GGUF
     if not single.is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         why = f"only {pickled[0]}, a pickle that could run code; convert it to safetensors" if pickled else "no weights"
-        raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors or model.safetensors.index.json")
-    with open_file(single) as file:
+        raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors, its index, or {GGUF}")
+    with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path: Path) -> GgufFile | safe_open:
+    """Open a safetensors or GGUF file; raises QtoolError where it is neither, missing or truncated."""
+    return GgufFile(path) if path.suffix == ".gguf" else open_file(path)
 
 
 def open_file(path: Path) -> safe_open:
@@ -116,7 +127,7 @@ class Checkpoint:
 
     @staticmethod
     def _tensor(path: Path, key: str, dtype: torch.dtype | None) -> Tensor:
-        with open_file(path) as file:
+        with open_tensors(path) as file:
             try:
                 tensor: Tensor = file.get_tensor(key)
             except SafetensorError as error:

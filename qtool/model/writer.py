@@ -9,7 +9,7 @@ forgotten; the header, known at the end, comes before them by one copy of the fi
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,24 @@ def write_checkpoint(
     it, they are decoded to dense ones. `quantization` becomes config.json's quantization_config. Raises QtoolError where
     the disk refuses.
     """
-    fuses_experts = encode is None
-    encode = encode or _decoder(model)
     writer = ShardWriter(out, shard_bytes)
-    with model.outer():
-        writer.add(_named_as_stored(model, _tensors(model, model.model, "", encode, fuses_experts)))
-    for block in model.blocks():
-        writer.add(_named_as_stored(model, _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)))
+    for tensors in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
+        renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+        writer.add(renamed)
     writer.close()
+    write_settings(model, out, quantization)
+
+
+def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Iterator[dict[str, Tensor]]:
+    """The tensors outside the blocks, then each block's, by transformers' names; one unit in memory at a time."""
+    with model.outer():
+        yield _tensors(model, model.model, "", encode, fuses_experts)
+    for block in model.blocks():
+        yield _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)
+
+
+def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None) -> None:
+    """Copy what stands beside the weights: tokenizer, chat template, config.json with this dtype and quantization_config."""
     for path in sorted(model.folder.iterdir()):
         if path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
@@ -125,11 +135,6 @@ def write_checkpoint(
     if quantization is not None:
         config["quantization_config"] = quantization
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _named_as_stored(model: ModelHandle, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
-    return renamed
 
 
 def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool) -> dict[str, Tensor]:

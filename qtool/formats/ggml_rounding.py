@@ -1,0 +1,124 @@
+"""Rounding to ggml's types: scales of least squared error, searched for every block at once.
+
+    signed codes    minimize sum (w - s q)^2         q = clip(round(w / s), low, -low - 1)      s = sum w q / sum q^2
+    with offsets    minimize sum (w - s q + t)^2     q = clip(round((w + t) / s), 0, 2^b - 1)   s, t of the normal equations
+    w [parts, sub] the weights that share a scale    s, t [parts, 1]    b bits
+From each of TRIES shares of the full range the codes are rounded, then s (and t) solved for these codes; the best of all is
+taken. In blocks of 256 the parts' s and t become whole numbers times d and m, and codes are rounded again to what these give;
+there t >= 0.
+Why not llama.cpp's own search: it weighs errors by magnitude, or by activations that a file of weights does not tell. The
+plain squared error is what its users are shown as well.
+Source: ggml, https://github.com/ggml-org/ggml (the grids); least squares as for any two-parameter line.
+"""
+
+import torch
+from torch import Tensor
+
+from qtool.errors import QtoolError
+from qtool.formats.ggml import Blocks, GgmlType, from_codes, pack
+from qtool.formats.scheme import PRESETS, WeightScheme
+from qtool.formats.tensor import quantize
+
+TRIES = 16
+LEAST, MOST = 0.6, 1.1  # shares of the full range that are tried
+CHUNK = 1 << 20  # weights rounded at once: the search holds a few copies of them
+
+
+def round_to(W: Tensor, kind: GgmlType) -> Tensor:
+    """Bytes [out, row bytes] of W [out, in] float32, rounded to the type; raises QtoolError beyond float16's range."""
+    if kind.dtype is not None:
+        return W.to(kind.dtype).contiguous().view(torch.uint8)
+    rows = max(1, CHUNK // W.shape[1])
+    return torch.cat([_round_rows(part, kind) for part in W.split(rows)])
+
+
+def _round_rows(W: Tensor, kind: GgmlType) -> Tensor:
+    if kind.name == "mxfp4":
+        return from_codes(quantize(W, WeightScheme.model_validate(PRESETS["mxfp4"])), kind)
+    blocks = W.reshape(-1, kind.block)  # [blocks, weights]
+    if kind.n_scales == 0:
+        rounded = _offset_block(blocks, kind) if kind.has_minimum else _signed_block(blocks, kind)
+    else:
+        rounded = _offset_superblock(blocks, kind) if kind.has_minimum else _signed_superblock(blocks, kind)
+    if not (torch.isfinite(rounded.d).all() and (rounded.m is None or torch.isfinite(rounded.m).all())):
+        raise QtoolError(f"weights up to {float(W.abs().amax()):.1e} are beyond the float16 scales of {kind.name}")
+    return pack(rounded, kind).view(len(W), -1)
+
+
+def _signed_block(w: Tensor, kind: GgmlType) -> Blocks:
+    d = signed_scale(w, kind.low).to(torch.float16)  # [blocks, 1]
+    return Blocks(_nearest(w, d.float(), kind.low, -kind.low - 1), d.squeeze(1))
+
+
+def _offset_block(w: Tensor, kind: GgmlType) -> Blocks:
+    s, t = offset_scale(w, kind.bits, is_positive=False)
+    d, m = s.to(torch.float16), (-t).to(torch.float16)  # [blocks, 1]
+    codes = _nearest(w - m.float(), d.float(), 0, (1 << kind.bits) - 1)
+    return Blocks(codes, d.squeeze(1), m.squeeze(1))
+
+
+def _signed_superblock(w: Tensor, kind: GgmlType) -> Blocks:
+    parts = w.reshape(-1, kind.sub)  # [blocks parts, sub]
+    s = signed_scale(parts, kind.low).view(len(w), -1)  # [blocks, parts]
+    largest = s.gather(1, s.abs().argmax(1, keepdim=True))  # [blocks, 1]
+    d = (largest / kind.scale_low).to(torch.float16)
+    scales = _nearest(s, d.float(), kind.scale_low, -kind.scale_low - 1)
+    codes = _nearest(parts, (d.float() * scales).view(-1, 1), kind.low, -kind.low - 1)
+    return Blocks(codes.view(len(w), -1), d.squeeze(1), None, scales)
+
+
+def _offset_superblock(w: Tensor, kind: GgmlType) -> Blocks:
+    parts = w.reshape(-1, kind.sub)  # [blocks parts, sub]
+    pair = [number.view(len(w), -1) for number in offset_scale(parts, kind.bits, is_positive=True)]  # each [blocks, parts]
+    high = 15 if kind.sub == 16 else 63  # four or six bits a scale
+    d, m = ((number.amax(1, keepdim=True) / high).to(torch.float16) for number in pair)
+    s, t = (_nearest(number, unit.float(), 0, high) for number, unit in zip(pair, (d, m), strict=True))
+    shifted = parts + (m.float() * t).view(-1, 1)
+    codes = _nearest(shifted, (d.float() * s).view(-1, 1), 0, (1 << kind.bits) - 1)
+    return Blocks(codes.view(len(w), -1), d.squeeze(1), m.squeeze(1), torch.cat([s, t], 1))
+
+
+def signed_scale(w: Tensor, low: int) -> Tensor:
+    """s [parts, 1] of least squared error of w [parts, sub] in codes low .. -low - 1; negative where that serves."""
+    largest = w.gather(1, w.abs().argmax(1, keepdim=True))  # [parts, 1]
+    best = torch.zeros_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    for share in torch.linspace(LEAST, MOST, TRIES).tolist():
+        q = _nearest(w, share * largest / low, low, -low - 1).float()
+        s = _divide((w * q).sum(1, keepdim=True), q.square().sum(1, keepdim=True))
+        error = (w - s * q).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    return best
+
+
+def offset_scale(w: Tensor, bits: int, is_positive: bool) -> tuple[Tensor, Tensor]:
+    """s and t [parts, 1] of least squared error of w [parts, sub] as s q - t, q = 0 .. 2^bits - 1; t >= 0 where asked for."""
+    high = (1 << bits) - 1
+    low = w.amin(1, keepdim=True)  # [parts, 1]
+    low = low.clamp(max=0) if is_positive else low
+    span, n = w.amax(1, keepdim=True) - low, w.shape[1]
+    best_s, best_t = torch.zeros_like(low), -low
+    least = (w - low).square().sum(1, keepdim=True)
+    sum_w = w.sum(1, keepdim=True)
+    for share in torch.linspace(LEAST, MOST, TRIES).tolist():
+        start = low + (1 - share) / 2 * span
+        q = _nearest(w - start, share * span / high, 0, high).float()
+        sum_q, sum_qq, sum_wq = (x.sum(1, keepdim=True) for x in (q, q.square(), w * q))
+        s = _divide(n * sum_wq - sum_q * sum_w, n * sum_qq - sum_q.square())
+        t = (s * sum_q - sum_w) / n
+        if is_positive:
+            s, t = torch.where(t < 0, _divide(sum_wq, sum_qq), s), t.clamp(min=0)
+        error = (w - s * q + t).square().sum(1, keepdim=True)
+        is_better = (error < least) & (s >= 0)
+        best_s, best_t = torch.where(is_better, s, best_s), torch.where(is_better, t, best_t)
+        least = torch.where(is_better, error, least)
+    return best_s, best_t
+
+
+def _nearest(w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers of w / scale within low .. high, int32; 0 where the scale is."""
+    return _divide(w, scale).round().clamp(low, high).int()
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b == 0, torch.zeros_like(a * b), a / torch.where(b == 0, torch.ones_like(b), b))
