@@ -23,6 +23,7 @@ from qtool.formats.scheme import WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 
 BLOCK = 32  # weights that the smallest blocks hold
+CHUNK = 1 << 20  # weights that are decoded or rounded at once: the work holds a few float32 copies of them
 E8M0_BIAS = 127
 
 
@@ -201,8 +202,8 @@ def unpack(data: Tensor, kind: GgmlType) -> Blocks:
 def values(blocks: Blocks, kind: GgmlType) -> Tensor:
     """Weights [blocks, weights] float32."""
     if kind.name == "mxfp4":
-        power = torch.ldexp(torch.ones(len(blocks.d)), blocks.d.int() - E8M0_BIAS).unsqueeze(1)
-        return power * torch.tensor(LEVELS["e2m1"])[blocks.codes]
+        power = torch.ldexp(torch.ones_like(blocks.d, dtype=torch.float32), blocks.d.int() - E8M0_BIAS).unsqueeze(1)
+        return power * torch.tensor(LEVELS["e2m1"], device=blocks.d.device)[blocks.codes]
     q, d = blocks.codes.float(), blocks.d.float().unsqueeze(1)
     m = None if blocks.m is None else blocks.m.float().unsqueeze(1)
     if blocks.scales is None:
@@ -219,6 +220,13 @@ def decode(data: Tensor, kind: GgmlType) -> Tensor:
     if kind.dtype is not None:
         return data.contiguous().view(kind.dtype).float()
     return values(unpack(data.reshape(-1, kind.n_bytes), kind), kind).view(len(data), -1)
+
+
+def decodes_to(data: Tensor, kind: GgmlType, W: Tensor) -> bool:
+    """Whether bytes [out, row bytes] say exactly W [out, in], of any float dtype; a few rows in memory at a time."""
+    n_rows = max(1, CHUNK // W.shape[1])
+    pairs = zip(data.split(n_rows), W.split(n_rows), strict=True)
+    return all(torch.equal(decode(part, kind), w.float()) for part, w in pairs)
 
 
 def type_of(scheme: WeightScheme) -> GgmlType | None:

@@ -15,24 +15,22 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.ggml import Blocks, GgmlType, from_codes, pack
+from qtool.formats.ggml import CHUNK, Blocks, GgmlType, from_codes, pack
 from qtool.formats.scheme import PRESETS, WeightScheme
 from qtool.formats.tensor import quantize
 
 TRIES = 16
 LEAST, MOST = 0.6, 1.1  # shares of the full range that are tried
-CHUNK = 1 << 20  # weights rounded at once: the search holds a few copies of them
 
 
 def round_to(W: Tensor, kind: GgmlType) -> Tensor:
-    """Bytes [out, row bytes] of W [out, in] float32, rounded to the type; raises QtoolError beyond float16's range."""
-    if kind.dtype is not None:
-        return W.to(kind.dtype).contiguous().view(torch.uint8)
-    rows = max(1, CHUNK // W.shape[1])
-    return torch.cat([_round_rows(part, kind) for part in W.split(rows)])
+    """Bytes [out, row bytes] of W [out, in], of any float dtype, rounded; raises QtoolError beyond float16's range."""
+    return torch.cat([_round_rows(part.float(), kind) for part in W.split(max(1, CHUNK // W.shape[1]))])
 
 
 def _round_rows(W: Tensor, kind: GgmlType) -> Tensor:
+    if kind.dtype is not None:
+        return W.to(kind.dtype).contiguous().view(torch.uint8)
     if kind.name == "mxfp4":
         return from_codes(quantize(W, WeightScheme.model_validate(PRESETS["mxfp4"])), kind)
     blocks = W.reshape(-1, kind.block)  # [blocks, weights]

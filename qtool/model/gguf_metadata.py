@@ -3,7 +3,8 @@
 Tokenizers are of two kinds. Byte-level BPE (`gpt2`) has merges, and a name for the pattern that cuts text before merging:
 llama.cpp's code knows patterns by name, so the pattern in tokenizer.json must be one of PATTERNS or be named by the user.
 BPE with tokens for single bytes, as SentencePiece makes it (`llama`), has scores; the merge that stands first makes the token
-that scores highest. Whether a text begins or ends with a special token is asked of the tokenizer itself.
+that scores highest. Whether a text begins or ends with a special token is asked of the tokenizer itself. A normal form of
+Unicode, which some tokenizers bring texts into first, is not written: llama.cpp has none.
 Source: llama.cpp, https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp (patterns) and gguf 0.19, constants.py (keys).
 """
 

@@ -5,8 +5,8 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from qtool.errors import QtoolError
-from qtool.formats.ggml import TYPES, decode, from_codes
-from qtool.formats.ggml_rounding import CHUNK, offset_scale, round_to, signed_scale
+from qtool.formats.ggml import CHUNK, TYPES, decode, decodes_to, from_codes
+from qtool.formats.ggml_rounding import offset_scale, round_to, signed_scale
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 
@@ -58,7 +58,9 @@ def test_zeros_and_constants_survive(name: str) -> None:
 def test_dense_types_round_to_nearest(name: str) -> None:
     W = weights(3, 7)
     dtype = TYPES[name].dtype
-    assert dtype is not None and torch.equal(decode(round_to(W, TYPES[name]), TYPES[name]), W.to(dtype).float())
+    data = round_to(W, TYPES[name])
+    assert dtype is not None and torch.equal(decode(data, TYPES[name]), W.to(dtype).float())
+    assert decodes_to(data, TYPES[name], W.to(dtype)) and decodes_to(data, TYPES[name], W) == (name == "f32")
 
 
 def test_the_signed_scale_is_nearly_the_best_there_is() -> None:

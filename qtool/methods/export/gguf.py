@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
-from qtool.formats.ggml import TYPES, GgmlType, decode, from_codes, takes_codes, type_of
+from qtool.formats.ggml import TYPES, GgmlType, decodes_to, from_codes, takes_codes, type_of
 from qtool.formats.ggml_rounding import round_to
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
@@ -69,8 +69,8 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
     def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
         nonlocal is_lossless
         kind, W = kinds[f"{name}.weight"], layer.weight_values(torch.float32)  # [out, in]
-        data = from_codes(layer.qt, kind) if takes_codes(kind, layer.scheme) else round_to(W, kind)  # [out, row bytes]
-        is_lossless &= torch.equal(decode(data, kind), W)
+        data = bytes_of(name, W, kind, layer)
+        is_lossless &= decodes_to(data, kind, W)
         return {f"{name}.weight": data}
 
     with write_gguf(out / GGUF, metadata, tensors) as write:
@@ -78,18 +78,23 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
             write("rope_freqs.weight", factors.view(torch.uint8))
         for unit in unit_tensors(model, encode, fuses_experts=False):
             for name, tensor in unit.items():
-                if name not in kinds:
-                    continue  # a head that is the embedding
-                stored = named(family, name)
-                data = tensor
+                stored, data = named(family, name), tensor
                 if tensor.dtype != torch.uint8:
-                    W = (tensor.T if is_transposed(family, stored) else tensor).float()
+                    W = tensor.T if is_transposed(family, stored) else tensor
                     W = W.view(-1, W.shape[-1])  # [out, in]; a vector is one row
-                    data = round_to(W, kinds[name])
-                    is_lossless &= torch.equal(decode(data, kinds[name]), W)
+                    data = bytes_of(name, W, kinds[name])
+                    is_lossless &= decodes_to(data, kinds[name], W)
                 write(stored, reordered(model, family, stored, data.view(tensors[stored][0][0], -1)))
     write_settings(model, out)
     return describe_folder("gguf", out, is_lossless)
+
+
+def bytes_of(name: str, W: Tensor, kind: GgmlType, layer: QuantLinear | None = None) -> Tensor:
+    """Bytes [out, row bytes] of W [out, in]: the codes of its layer where the type takes them, else rounded."""
+    try:
+        return from_codes(layer.qt, kind) if layer and takes_codes(kind, layer.scheme) else round_to(W, kind)
+    except QtoolError as error:
+        raise QtoolError(f"{WHERE}: {name}: {error}; use export/safetensors") from error
 
 
 def check_model(model: ModelHandle, options: GgufOptions) -> None:

@@ -13,10 +13,13 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.ggml import TYPES
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import quantize
 from qtool.methods.export.gguf import METHOD, GgufOptions, contents, gguf, kinds_of
 from qtool.model.gguf import file_size
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
+from qtool.model.store import save_changes
 from qtool.options import ModelOptions
 
 Quantized = Callable[..., ModelHandle]
@@ -270,3 +273,12 @@ def test_a_file_of_an_unknown_architecture_is_refused(tiny_model: TinyModel, qua
 def test_the_types_of_options_are_all_types() -> None:
     names = GgufOptions.model_json_schema()["properties"]["type"]["anyOf"][0]["enum"]
     assert set(names) == set(TYPES) and {name.upper() for name in names} <= set(GGMLQuantizationType.__members__)
+
+
+def test_scales_beyond_float16_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+    name, scheme = "model.layers.0.mlp.up_proj", Scheme.model_validate("w4a16g32")
+    large = quantize(1e6 * torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), scheme.weights)
+    save_changes(tmp_path / "changes" / "block_000.safetensors", {f"{name}.weight": (large, scheme)})
+    model = ModelHandle(ModelOptions(path=str(tiny_model("llama"))), changes=(tmp_path / "changes",))
+    with pytest.raises(QtoolError, match=rf"{name}: its scales are beyond float16, up to .*; use export/safetensors"):
+        export(model, tmp_path / "out")
