@@ -1,10 +1,11 @@
-"""What a GGUF file says beside its tensors: hyperparameters and tokenizer, from a transformers model and its tokenizer.json.
+"""What a GGUF file says beside its tensors: hyperparameters and tokenizer, from a transformers model and its tokenizer.
 
 Tokenizers are of two kinds. Byte-level BPE (`gpt2`) has merges, and a name for the pattern that cuts text before merging:
-llama.cpp's code knows patterns by name, so the pattern in tokenizer.json must be one of PATTERNS or be named by the user.
+llama.cpp's code knows patterns by name, so the tokenizer's pattern must be one of PATTERNS or be named by the user.
 BPE with tokens for single bytes, as SentencePiece makes it (`llama`), has scores; the merge that stands first makes the token
 that scores highest. Whether a text begins or ends with a special token is asked of the tokenizer itself. A normal form of
 Unicode, which some tokenizers bring texts into first, is not written: llama.cpp has none.
+Why the loaded tokenizer and not tokenizer.json: transformers rebuilds that of some families (Qwen2), whatever the file says.
 Source: llama.cpp, https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp (patterns) and gguf 0.19, constants.py (keys).
 """
 
@@ -122,17 +123,18 @@ def general(model: ModelHandle, file_type: int) -> dict[str, Value]:
 
 def tokenizer_metadata(model: ModelHandle, pre: str | None) -> dict[str, Value]:
     """The tokenizer by GGUF's names; `pre` names the pattern where it is stated. Raises QtoolError for what cannot be said."""
-    path = model.folder / "tokenizer.json"
-    if not path.is_file():
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise QtoolError(f"{model.folder} has no tokenizer.json, which the file's tokenizer is made from; save one there")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = json.loads(backend.to_str())
     core = facts["model"]
     if core["type"] != "BPE":
         raise QtoolError(f"a tokenizer of type {core['type']} cannot be written; BPE can")
     is_bytes = bool(core.get("byte_fallback"))
     found: dict[str, Value] = {"tokenizer.ggml.model": "llama" if is_bytes else "gpt2"}
     found["tokenizer.ggml.pre"] = pre or ("default" if is_bytes else pattern_name(facts))
-    tokens, kinds = _tokens(facts, int(model.config.vocab_size))
+    n_rows = int(model.config.vocab_size)
+    tokens, kinds = _tokens(facts, n_rows)
     found |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["merges"]]
     if is_bytes:
@@ -141,11 +143,11 @@ def tokenizer_metadata(model: ModelHandle, pre: str | None) -> dict[str, Value]:
         found["tokenizer.ggml.add_space_prefix"] = _begins_with_space(facts)
     else:
         found["tokenizer.ggml.merges"] = merges
-    return found | _special(model)
+    return found | _special(model, n_rows)
 
 
 def pattern_name(facts: dict[str, Any]) -> str:
-    """llama.cpp's name of how a tokenizer.json of byte-level BPE cuts text; raises QtoolError where it has none."""
+    """llama.cpp's name of how a tokenizer of byte-level BPE cuts text; raises QtoolError where it has none."""
     whole = facts.get("pre_tokenizer") or {}
     steps = whole.get("pretokenizers", [whole])
     kinds = [step.get("type") for step in steps]
@@ -159,14 +161,14 @@ def pattern_name(facts: dict[str, Any]) -> str:
         if kinds == ["Split", "ByteLevel"] and not uses_own and pattern in PATTERNS:
             return PATTERNS[pattern]
     raise QtoolError(
-        "how tokenizer.json cuts text before merging is none of the patterns that qtool knows llama.cpp's name of "
+        "how the tokenizer cuts text before merging is none of the patterns that qtool knows llama.cpp's name of "
         f"({', '.join((*PATTERNS.values(), DIGITS))}); write `pre:` with the name that llama.cpp has for it"
     )
 
 
 def _tokens(facts: dict[str, Any], n_rows: int) -> tuple[list[str], list[int]]:
-    """Every row of the embedding as text and kind; rows that no token has are unused."""
-    core, added = facts["model"], facts.get("added_tokens") or []
+    """Every row of the embedding as text and kind; rows that no token has are unused, added tokens without a row left out."""
+    core, added = facts["model"], [token for token in facts.get("added_tokens") or [] if token["id"] < n_rows]
     vocab: dict[str, int] = core["vocab"] | {token["content"]: token["id"] for token in added}
     if max(vocab.values()) >= n_rows:
         raise QtoolError(
@@ -190,14 +192,14 @@ def _begins_with_space(facts: dict[str, Any]) -> bool:
     return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
-def _special(model: ModelHandle) -> dict[str, Value]:
+def _special(model: ModelHandle, n_rows: int) -> dict[str, Value]:
     """Numbers of special tokens, where texts have them, and the chat template."""
     tokenizer = model.tokenizer
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found: dict[str, Value] = {}
     for here, there in names.items():
         number = getattr(tokenizer, f"{here}_token_id", None)
-        if number is not None:
+        if number is not None and number < n_rows:
             found[f"tokenizer.ggml.{there}_token_id"] = int(number)
     ids = tokenizer("a").input_ids
     found["tokenizer.ggml.add_bos_token"] = len(ids) > 1 and ids[0] == tokenizer.bos_token_id

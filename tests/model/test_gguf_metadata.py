@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from qtool.errors import QtoolError
 from qtool.model.gguf_metadata import general, hyperparameters, pattern_name, rope_factors, tokenizer_metadata
@@ -181,12 +183,18 @@ def test_bpe_with_bytes_is_written_with_scores(tiny_model: TinyModel) -> None:
 
 def test_tokenizers_of_other_kinds_are_refused(tiny_model: TinyModel) -> None:
     folder = tiny_model("llama", vocab_size=4000)
-    with pytest.raises(QtoolError, match="the tokenizer has 4096 tokens, the embedding 4000 rows"):
-        tokenizer_metadata(opened(folder), None)
     model = opened(folder)
-    (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}')
-    with pytest.raises(QtoolError, match="a tokenizer of type Unigram cannot be written; BPE can"):
+    with pytest.raises(QtoolError, match="the tokenizer has 4096 tokens, the embedding 4000 rows"):
         tokenizer_metadata(model, None)
-    (folder / "tokenizer.json").unlink()
+    model.tokenizer = object()
     with pytest.raises(QtoolError, match="has no tokenizer.json"):
         tokenizer_metadata(model, None)
+    Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).save(str(folder / "tokenizer.json"))
+    with pytest.raises(QtoolError, match="a tokenizer of type Unigram cannot be written; BPE can"):
+        tokenizer_metadata(opened(folder), None)
+
+
+def test_the_tokenizer_is_the_one_that_texts_are_cut_with(tiny_model: TinyModel) -> None:
+    """transformers gives Qwen2 a pattern, and a padding token, of its own; the embedding here has no row for that."""
+    found = tokenizer_metadata(opened(tiny_model("qwen2")), None)
+    assert found["tokenizer.ggml.pre"] == "qwen2" and len(list(found["tokenizer.ggml.tokens"])) == 4096

@@ -12,7 +12,7 @@ are f32. Beside model.gguf stand config.json and the tokenizer's files, so that 
 Differs from llama.cpp's own converter: no second type for sensitive tensors; search/mixed_precision finds such by measuring.
 Source: ggml and llama.cpp, https://github.com/ggml-org/llama.cpp, GGUF version 3.
 For: llama.cpp and what is built on it, on CPUs and small GPUs; llama, mistral, qwen2, qwen3, gpt2 and gpt_neox models.
-Costs: writing the file, and where weights are rounded to `type` about a minute per billion of them on one CPU core.
+Costs: writing the file, and where weights are rounded to `type` two to six minutes per billion of them on one CPU core.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ class GgufOptions(Options):
         None, description="type of the embedding, and of the head where it is not quantized; null: the model's own dtype"
     )
     pre: str | None = Field(
-        None, description="llama.cpp's name of how the tokenizer cuts text; null: found from tokenizer.json"
+        None, description="llama.cpp's name of how the tokenizer cuts text; null: found from its pattern"
     )
 
 
