@@ -150,7 +150,7 @@ def read_header(path: Path) -> Header:
     try:
         stat = path.stat()
         return _read_header(path, stat.st_mtime_ns, stat.st_size)
-    except (OSError, struct.error, UnicodeDecodeError, MemoryError) as error:
+    except (OSError, struct.error, UnicodeDecodeError, OverflowError, MemoryError, KeyError) as error:
         raise QtoolError(
             f"model: {path} is truncated or no GGUF file ({error}); download it again, or export it again"
         ) from error

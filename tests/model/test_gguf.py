@@ -88,6 +88,17 @@ def test_a_header_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [struct.pack("<Q", 2**63), struct.pack("<Q1sI", 1, b"k", 99), struct.pack("<Q1s", 1, b"\xff")],
+)
+def test_a_header_that_says_nonsense_is_refused(metadata: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + metadata)
+    with pytest.raises(QtoolError, match="is truncated or no GGUF file"):
+        read_header(path)
+
+
 def test_data_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write(path)

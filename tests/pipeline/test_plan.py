@@ -43,6 +43,24 @@ def test_an_export_refuses_what_it_cannot_hold_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("steps", "options", "refused"),
+    [
+        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {}, "nf4g32: no type has this grid; .* type: one of f32, .*, q6_k"),
+        ([SEARCH, {"quantize/rtn": {"scheme": "search"}}], {}, "nf4g32: no type has this grid"),
+        ([{"quantize/rtn": {"scheme": "w8a8"}}], {"type": "q8_0"}, "w8a8: llama.cpp rounds activations in its own way"),
+        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {"type": "q4_k"}, "64 columns do not divide into q4_k's blocks of 256"),
+    ],
+)
+def test_a_gguf_file_refuses_what_it_cannot_hold_before_any_work(
+    steps: list[dict[str, object]], options: dict[str, str], refused: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    made = recipe(tiny_model("llama"), tmp_path, *steps, {"export/gguf": options})
+    with pytest.raises(QtoolError, match=f"recipe.yaml:.*{refused}"):
+        run_recipe(made, tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_plan_is_what_the_run_makes(tiny_model: TinyModel, tmp_path: Path) -> None:
     folder = tiny_model("llama")
     steps = [

@@ -98,7 +98,7 @@ def bytes_of(name: str, W: Tensor, kind: GgmlType, layer: QuantLinear | None = N
 
 
 def check_model(model: ModelHandle, options: GgufOptions) -> None:
-    """Raise QtoolError, before any work, for a model, a tokenizer or widths that the file cannot hold."""
+    """Raise QtoolError, before any work, for a model or a tokenizer that the file cannot hold."""
     try:
         family = family_of(model.config)
         tokenizer_metadata(model, options.pre)
@@ -107,11 +107,10 @@ def check_model(model: ModelHandle, options: GgufOptions) -> None:
     for name in sorted(model.stored_names()):
         if stored_name(family, name) is None:
             raise QtoolError(f"{WHERE}: {name}: llama.cpp's {family.architecture} has no such tensor; use export/safetensors")
-    kinds_of(model, {}, options)
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: GgufOptions) -> None:
-    """Raise QtoolError for schemes that no type has, where no type is stated for them, and for more than weights."""
+    """Raise QtoolError for schemes that no type has where none is stated, more than weights, and widths that do not divide."""
     for name, scheme in schemes.items():
         if scheme.activations is not None or scheme.kv is not None:
             raise QtoolError(

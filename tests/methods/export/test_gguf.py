@@ -176,8 +176,10 @@ def test_more_than_weights_is_refused(tiny_model: TinyModel, quantized: Quantize
 def test_columns_that_blocks_do_not_divide_are_refused_before_any_work(tiny_model: TinyModel) -> None:
     model = opened(tiny_model("llama"))
     with pytest.raises(QtoolError, match="q_proj: 64 columns do not divide into q4_k's blocks of 256; use a type whose blocks"):
-        METHOD.check(model, GgufOptions(type="q4_k"))
-    METHOD.check(model, GgufOptions(type="q4_0"))
+        METHOD.holds(model, {}, GgufOptions(type="q4_k"))
+    METHOD.holds(model, {}, GgufOptions(type="q4_0"))
+    blocks = [name for name in model.linear_names() if "layers" in name]
+    METHOD.holds(model, dict.fromkeys(blocks, Scheme.model_validate("w4a16")), GgufOptions(type="q4_k"))  # all are q4_0
 
 
 def test_a_tied_head_with_codes_of_its_own_is_refused(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
