@@ -9,6 +9,7 @@ compared. Any other scheme is refused before any work unless `type` says what be
 keep it with their codes, whole numbers of fewer bits than `type` has (w3 in q4_0) keep their codes too, and all other linears
 of the blocks, dense ones as well, are rounded to it by least squared error (see formats/ggml_rounding.py). Norms and biases
 are f32. Beside model.gguf stand config.json and the tokenizer's files, so that qtool reads the folder as any other model.
+llama.cpp has no windows of attention for these families: mistral's context length is written as its window, where it has one.
 Differs from llama.cpp's own converter: no second type for sensitive tensors; search/mixed_precision finds such by measuring.
 Source: ggml and llama.cpp, https://github.com/ggml-org/llama.cpp, GGUF version 3.
 For: llama.cpp and what is built on it, on CPUs and small GPUs; llama, mistral, qwen2, qwen3, gpt2 and gpt_neox models.
