@@ -10,8 +10,9 @@ AWQ "gemm": words along `out`, four bits.
     Nibble k of a word, lowest first, holds output ORDER[k] of the word's eight.
 Symmetric codes -2^(b-1) .. 2^(b-1) - 1 are stored plus 2^(b-1), which then is every zero point. Their scales may be negative.
 Scales are written in float16, which the layouts' kernels multiply in; bfloat16 ones outside of 2^-17 .. 65504 lose by that.
-Why zero points of 0 are not read in format gptq: less one they become the largest code, with or without a borrow from the
-neighbour in the word; writers and runtimes disagree about which, and about what it means.
+Why a zero point of 0 is read from format gptq only where GPTQModel wrote it, and written into none: less one it becomes the
+largest code, and runtimes disagree about what that means. GPTQModel takes the ones from a whole word at a time, so that 0
+borrows from its neighbour, and gives them back in the same way; at three bits it did so in other ways over time.
 Source: GPTQModel 7.7, pack_original of nn_modules/qlinear (GPTQ) and pack_awq of quantization/awq (AWQ).
 """
 
@@ -43,8 +44,11 @@ def pack_gptq(quantized: QuantizedTensor, is_v2: bool) -> Parts:
     }
 
 
-def unpack_gptq(parts: Parts, scheme: WeightScheme, is_v2: bool) -> QuantizedTensor:
-    """What `pack_gptq` was given, its scales as stored; raises QtoolError where the parts do not fit each other."""
+def unpack_gptq(parts: Parts, scheme: WeightScheme, is_v2: bool, borrows: bool = False) -> QuantizedTensor:
+    """What `pack_gptq` was given, its scales as stored; raises QtoolError where the parts do not fit each other.
+
+    `borrows`: the ones that format gptq takes from zero points were taken from whole words.
+    """
     bits, (groups, rows) = scheme.bits, parts["scales"].shape
     columns = parts["qweight"].shape[0] * 32 // bits
     _expect(parts, "qweight", (n_words(columns, bits), rows), scheme)
@@ -57,8 +61,11 @@ def unpack_gptq(parts: Parts, scheme: WeightScheme, is_v2: bool) -> QuantizedTen
             "quantize again with desc_act: false"
         )
     codes = unpack_int32(parts["qweight"].T.contiguous(), bits, columns)  # [out, in]
-    zero = unpack_int32(parts["qzeros"].contiguous(), bits, rows).T  # [out, groups]
-    if not is_v2:
+    words, ones = parts["qzeros"].contiguous(), torch.ones(1, rows, dtype=torch.int32)
+    zero = unpack_int32(words, bits, rows).T  # [out, groups]
+    if not is_v2 and borrows and 32 % bits == 0:
+        zero = unpack_int32(words + pack_int32(ones, bits), bits, rows).T
+    elif not is_v2:
         zero = zero + 1
         if int(zero.max()) == 1 << bits:
             raise QtoolError(

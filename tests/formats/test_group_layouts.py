@@ -125,6 +125,20 @@ def test_every_zero_point_comes_back_from_gptq_v2_and_all_but_0_from_gptq(bits: 
         unpack_gptq(parts, tensor.scheme, is_v2=False)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ones_taken_from_whole_words_come_back_to_every_zero_point(bits: int) -> None:
+    tensor = random_tensor(bits, False)
+    tensor.zero[::3] = 0
+    parts = pack_gptq(tensor, is_v2=True)
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    less = [[(word - ones) % (1 << 32) for word in row] for row in parts["qzeros"].tolist()]
+    signed = [[word - (1 << 32) if word >> 31 else word for word in row] for row in less]
+    parts["qzeros"] = torch.tensor(signed, dtype=torch.int32)
+    assert same(unpack_gptq(parts, tensor.scheme, is_v2=False, borrows=True), tensor)
+    with pytest.raises(QtoolError, match="a zero point of 0"):
+        unpack_gptq(parts, tensor.scheme, is_v2=False)
+
+
 def test_groups_of_others_than_neighbours_are_refused_and_may_be_left_unsaid() -> None:
     tensor = random_tensor(4, True)
     parts = pack_gptq(tensor, is_v2=False)

@@ -43,7 +43,7 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
     if missing := {"qweight", "qzeros"} - parts.keys():
         raise QtoolError(f"model: {name} has scales but no {' and no '.join(sorted(missing))}; is it GPTQ's layout?")
     try:
-        return unpack_gptq(parts, scheme.weights, is_v2=format_of(config) == "gptq_v2"), scheme
+        return unpack_gptq(parts, scheme.weights, format_of(config) == "gptq_v2", is_by_gptqmodel(config)), scheme
     except QtoolError as error:
         raise QtoolError(f"model: {name}: {error}") from error
 
@@ -57,6 +57,12 @@ def format_of(config: dict[str, Any]) -> str:
         raise QtoolError(f"model: config.json's quantization_config: GPTQ's checkpoint format {found} cannot be read, gptq and "
                          "gptq_v2 can; save it again as one of them")  # fmt: skip
     return found
+
+
+def is_by_gptqmodel(config: dict[str, Any]) -> bool:
+    """Whether the config says that GPTQModel wrote the file."""
+    quantizers = (config.get("meta") or {}).get("quantizer") or []
+    return any(str(one).startswith("gptqmodel:") for one in ([quantizers] if isinstance(quantizers, str) else quantizers))
 
 
 def setting_of(name: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -157,12 +157,15 @@ def test_a_file_that_contradicts_itself_is_refused(change: Change, message: str,
         model.block(0)
 
 
-def test_a_zero_point_of_0_is_refused_in_the_older_format(exported: Export) -> None:
+def test_a_zero_point_of_0_is_read_from_the_older_format_where_gptqmodel_wrote_it(exported: Export) -> None:
     folder = exported("w4a16g32-asym")
     change_tensors(folder, lambda tensors: tensors[f"{NAME}.qzeros"].fill_(-1))
     model = change_config(folder, lambda config: config.update(checkpoint_format="gptq"))
     with pytest.raises(QtoolError, match="q_proj: a zero point of 0, which checkpoint format gptq cannot tell"):
         model.block(0)
+    layer = change_config(folder, lambda config: config.update(meta={"quantizer": ["gptqmodel:7.7.0"]})).block(0).get(NAME)
+    assert isinstance(layer, QuantLinear) and layer.qt.zero is not None  # -1 and a one for each nibble is 0x11111110
+    assert layer.qt.zero[:, 0].tolist() == 8 * [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Path]) -> None:
