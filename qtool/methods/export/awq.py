@@ -1,8 +1,8 @@
 """An AWQ checkpoint: packed four-bit weights in the layout "gemm" of AutoAWQ.
 
 The layout stands in qtool/formats/group_layouts.py, what kernels ask of a model in qtool/model/kernel_limits.py. Any four-bit
-scheme goes into it, however it was found; symmetric ones with 8 for every zero point. Scales are float16, in which the
-layout's kernels multiply; they, not this file, then round each product once more. One scheme serves the whole model; dense
+scheme goes into it, however it was found; symmetric ones with 8 for every zero point. Scales are float16, as the layout has
+them; kernels multiply in 16 bits, and `lossless` speaks of the file alone. One group size serves the whole model; dense
 linears stand in modules_to_not_convert, and in `dynamic`, where GPTQModel looks for them. The head stays dense: runtimes do
 not look for it in this layout.
 Source: Lin et al. 2023, arXiv:2306.00978, in the layout of AutoAWQ 0.2, as GPTQModel 7.7 reads it.

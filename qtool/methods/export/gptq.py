@@ -1,9 +1,10 @@
 """A GPTQ checkpoint: packed integer weights in the layout of AutoGPTQ and GPTQModel.
 
 The layout stands in qtool/formats/group_layouts.py, what kernels ask of a model in qtool/model/kernel_limits.py. Scales are
-float16, in which the layout's kernels multiply; they, not this file, then round each product once more. The scheme that most
-linears have is quantization_config's own; `dynamic` names all others one by one, dense ones with a minus, and once more by
-the name of what runtimes join them into. quantize_config.json repeats it for tools that look there.
+float16, as the layout has them; kernels multiply in 16 bits, and GPTQModel first rounds scales to the dtype it runs in, which
+leaves bfloat16 ones as they were. `lossless` speaks of the file alone. The scheme that most linears have is
+quantization_config's own; `dynamic` names all others one by one, dense ones with a minus, and once more by the name of what
+runtimes join them into. quantize_config.json repeats it for tools that look there.
 Differs from GPTQ's own code: groups are always neighbours (desc_act: false), whatever order a method quantized in.
 Why zero points need gptq_v2: format gptq stores them less one and cannot hold 0, and GPTQModel 7.7 takes them there only
 from its own hand. Symmetric schemes go into either; gptq is what more runtimes read.
