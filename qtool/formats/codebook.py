@@ -134,6 +134,19 @@ class CodebookGrid:
         scale = fit_scale(maximum - minimum, high - low, self.scale_dtype, self.of_tensor)
         return Params(scale, self.round_zero(low - minimum / scale))
 
+    def zero_of(self, minimum: Tensor, maximum: Tensor) -> Tensor:
+        """The zero point [..., 1] of a range, not rounded."""
+        low, high = self.ends
+        scale = (maximum - minimum) / (high - low)  # [..., 1]
+        return low - minimum / torch.where(scale > 0, scale, 1.0)
+
+    def reach(self, minimum: Tensor, maximum: Tensor, zero: Tensor | None) -> Tensor:
+        """The length [..., 1] of the range on one side of zero that has the same scale as this one."""
+        if zero is None:
+            return torch.maximum(-minimum, maximum)
+        low, high = self.ends
+        return (maximum - minimum) * (self.largest / (high - low))
+
     def round_zero(self, zero: Tensor) -> Tensor:
         """zero [..., 1] as it is stored."""
         return zero.to(torch.float16).float()

@@ -5,12 +5,17 @@
     float zero   q = clip(round(w / scale + zero), 0, 2^b - 1)             w^ = scale (q - zero)
     w [..., group] floats    scale, zero [..., 1]    q [..., group] whole numbers
 A whole zero point is a code, so that 0 is a level; a float one is stored in float16 and lies between codes, as HQQ's does.
-Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range always holds 0, as GPTQ's does.
-Why |scale| = amax / (2^(b-1) - 1/2) where symmetric: the largest value then lies half a step from the last level, so no value
-is further than scale/2 from its level, and the levels use the negative half to its end.
+The scale of a range leaves no value further than half a step from its level, and is the least that does:
+    symmetric    |scale| = max(far / (2^(b-1) + 1/2), near / (2^(b-1) - 1/2))      far, near: lengths of the range's two sides
+                 scale = far / (2^(b-1) - 1/2)     where it must be positive
+    asymmetric   scale = max(max / (2^b - 1/2 - zero), -min / (zero + 1/2)),   zero = round(-2^b min / (max - min) - 1/2)
+    float zero   scale = (max - min) / 2^b,   zero = -min / scale - 1/2
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range always holds 0, as GPTQ's does. Differs: the ends
+of a range lie up to half a step beyond the last levels, where others put them onto the levels and take wider steps.
 Why the scale may be negative where symmetric: levels reach one step further on one side, and the side of the largest value is
-to have it; then ranges shrink with less clipped. Of normal weights in groups of 128 the squared error, in the best range each,
-falls by 9 % at three and four bits and by 7 % at two. So do the scales of llama.cpp's Q4_0.
+to have it. So do the scales of llama.cpp's Q4_0.
+What both bring on the demo model's validation text, KL of plain rounding to groups of 128: w4 0.079, 0.046; w3 0.46, 0.24;
+-asym w4 0.053, 0.047; w3 0.34, 0.24.
 """
 
 from dataclasses import dataclass, replace
@@ -64,11 +69,15 @@ class IntegerGrid:
 
     @property
     def largest(self) -> float:
-        return (1 << (self.bits - 1)) - 0.5 if self.symmetric else float(self.high)
+        """Steps that a range on one side of zero has."""
+        if not self.symmetric:
+            return self.high + 0.5
+        return (1 << (self.bits - 1)) + (0.5 if self.signed_scale else -0.5)
 
     def for_tensor(self, w: Tensor) -> "IntegerGrid":
         """The same for one tensor w, of which some scales hold a share of their own."""
-        return replace(self, of_tensor=tensor_scale(w, self.largest, self.scale_dtype))
+        fewest = (1 << (self.bits - 1)) - 0.5  # steps on a side
+        return replace(self, of_tensor=tensor_scale(w, fewest, self.scale_dtype))
 
     def fit(self, w: Tensor) -> Params:
         """Params of the full range of w over its last axis; w [..., group], float32."""
@@ -76,12 +85,25 @@ class IntegerGrid:
 
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]. An empty range gives scale 1."""
-        if self.symmetric:
-            scale = self._scale(torch.maximum(-minimum, maximum))
-            return Params(torch.where(maximum > -minimum, -scale, scale) if self.signed_scale else scale, None)
+        zero = None if self.symmetric else self.round_zero(self.zero_of(minimum, maximum))
+        scale = fit_scale(self.reach(minimum, maximum, zero), self.largest, self.scale_dtype, self.of_tensor)
+        return Params(torch.where(maximum > -minimum, -scale, scale) if self.signed_scale else scale, zero)
+
+    def zero_of(self, minimum: Tensor, maximum: Tensor) -> Tensor:
+        """The zero point [..., 1] of a range, not rounded."""
+        low, span = minimum.clamp(max=0), maximum.clamp(min=0) - minimum.clamp(max=0)  # [..., 1]
+        share = -low / torch.where(span > 0, span, 1.0)  # of the range that lies below zero
+        return torch.where(span > 0, share * self.n_levels - 0.5, 0.0)
+
+    def reach(self, minimum: Tensor, maximum: Tensor, zero: Tensor | None) -> Tensor:
+        """The length [..., 1] of the range on one side of zero that has the same scale as this one."""
+        if zero is None:
+            far, near = torch.maximum(-minimum, maximum), torch.minimum(-minimum, maximum)
+            return torch.maximum(far, near * (self.largest / (self.largest - 1))) if self.signed_scale else far
         minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
-        scale = self._scale(maximum - minimum)
-        return Params(scale, self.round_zero(-minimum / scale))
+        if self.zero_dtype != "int":
+            return (maximum - minimum) * (self.largest / self.n_levels)
+        return torch.maximum(maximum / (self.high - zero + 0.5), -minimum / (zero + 0.5)) * self.largest
 
     def round_zero(self, zero: Tensor) -> Tensor:
         """zero [..., 1] as it is stored: one of the codes, or the nearest float16."""
@@ -115,6 +137,3 @@ class IntegerGrid:
     def snap(self, w: Tensor, p: Params) -> Tensor:
         """w [..., group] moved to the nearest grid points."""
         return self.decode(self.encode(w, p), p)
-
-    def _scale(self, span: Tensor) -> Tensor:
-        return fit_scale(span, self.largest, self.scale_dtype, self.of_tensor)

@@ -59,7 +59,15 @@ class LatticeGrid:
 
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]."""
-        return self._params(torch.maximum(-minimum, maximum), self.largest)
+        return self._params(self.reach(minimum, maximum, None), self.largest)
+
+    def reach(self, minimum: Tensor, maximum: Tensor, zero: Tensor | None) -> Tensor:
+        """The length [..., 1] of the range on one side of zero that has the same scale as this one."""
+        return torch.maximum(-minimum, maximum)
+
+    def zero_of(self, minimum: Tensor, maximum: Tensor) -> Tensor:
+        """Not for lattices: the format has no zero points."""
+        raise AssertionError(f"{self.format} has no zero points")
 
     def _params(self, size: Tensor, of_level: float) -> Params:
         scale = fit_scale(size, of_level, self.scale_dtype, self.of_tensor)

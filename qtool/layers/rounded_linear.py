@@ -63,14 +63,9 @@ class RoundedLinear(nn.Module):
 
 def soft_params(grid: Grid, low: Tensor, high: Tensor, stored: Params) -> Params:
     """The params as they are stored for the range from low to high [..., 1], with gradients that reach both ends."""
-    if stored.zero is None:
-        scale = torch.maximum(-low, high) / grid.largest * stored.scale.sign()
-        return Params(straight_through(scale, stored.scale), None, stored.second)
-    first, last = grid.ends
-    if isinstance(grid, IntegerGrid):  # whose range holds 0
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = straight_through((high - low) / (last - first), stored.scale)
-    return Params(scale, straight_through(first - low / scale, stored.zero), stored.second)
+    scale = straight_through(grid.reach(low, high, stored.zero) / grid.largest * stored.scale.sign(), stored.scale)
+    zero = None if stored.zero is None else straight_through(grid.zero_of(low, high), stored.zero)
+    return Params(scale, zero, stored.second)
 
 
 def soft_snap(w: Tensor, grid: Grid, params: Params, V: Tensor | float = 0.0) -> Tensor:

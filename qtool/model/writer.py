@@ -30,6 +30,7 @@ DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
+REWRITTEN = {"config.json", "quantize_config.json", "quant_config.json"}  # what they say of quantized weights may end here
 
 Encode = Callable[[str, QuantLinear], dict[str, Tensor]]
 
@@ -126,7 +127,7 @@ def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Ite
 def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None) -> None:
     """Copy what stands beside the weights: tokenizer, chat template, config.json with this dtype and quantization_config."""
     for path in sorted(model.folder.iterdir()):
-        if path.suffix in COPIED and path.name != "config.json" and not path.name.endswith(".index.json"):
+        if path.suffix in COPIED and path.name not in REWRITTEN and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):

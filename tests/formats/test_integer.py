@@ -108,9 +108,36 @@ def test_hand_worked_codes_of_all_kinds() -> None:
     w = torch.tensor([[-1.0, 0.0, 0.4, 2.0]])
     symmetric = IntegerGrid(3, True, "float32")  # scale = 2 / 3.5
     assert symmetric.encode(w, symmetric.fit(w)).tolist() == [[-2.0, 0.0, 1.0, 3.0]]
-    asymmetric = IntegerGrid(2, False, "float32")  # scale = 3 / 3, zero = 1
+    signed = IntegerGrid(3, True, "float32", signed_scale=True)  # scale = -max(2 / 4.5, 1 / 3.5): 2 lies half a step out
+    assert signed.encode(w, signed.fit(w)).tolist() == [[2.0, 0.0, -1.0, -4.0]]
+    v = torch.tensor([[-1.75, 0.0, 0.4, 2.0]])  # scale = -max(2 / 4.5, 1.75 / 3.5) = -0.5
+    assert signed.fit(v).scale.item() == -0.5 and signed.encode(v, signed.fit(v)).tolist() == [[3.0, 0.0, -1.0, -4.0]]
+    asymmetric = IntegerGrid(2, False, "float32")  # zero = round(4/3 - 1/2) = 1, scale = max(2 / 2.5, 1 / 1.5) = 0.8
     assert asymmetric.encode(w, asymmetric.fit(w)).tolist() == [[0.0, 1.0, 1.0, 3.0]]
+    assert asymmetric.fit(w).scale.item() == pytest.approx(0.8)
     between = IntegerGrid(2, False, "float32", zero_dtype="float16")
-    v = torch.tensor([[-0.75, 0.0, 0.4, 2.25]])  # scale = 3 / 3, zero = 0.75: levels -0.75, 0.25, 1.25, 2.25
-    assert between.encode(v, between.fit(v)).tolist() == [[0.0, 1.0, 1.0, 3.0]]
-    assert between.snap(v, between.fit(v)).tolist() == [[-0.75, 0.25, 0.25, 2.25]]
+    v = torch.tensor([[-0.75, 0.0, 0.4, 3.25]])  # scale = 4 / 4, zero = 0.75 - 0.5: levels -0.25, 0.75, 1.75, 2.75
+    assert between.encode(v, between.fit(v)).tolist() == [[0.0, 0.0, 1.0, 3.0]]
+    assert between.snap(v, between.fit(v)).tolist() == [[-0.25, -0.25, 0.75, 2.75]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "kind",
+    [{"symmetric": True}, {"symmetric": True, "signed_scale": True}, {"symmetric": False},
+     {"symmetric": False, "zero_dtype": "float16"}],
+)  # fmt: skip
+def test_no_value_is_further_than_half_a_step_from_its_level_which_a_scale_a_little_smaller_breaks(
+    kind: dict[str, object], bits: int
+) -> None:
+    grid = IntegerGrid(bits, scale_dtype="float32", **kind)
+    random = torch.Generator().manual_seed(bits)
+    shift = torch.linspace(-4, 4, 41).unsqueeze(1)  # one side longer than the other, or alone
+    w = torch.randn(41, 64, generator=random) + shift
+    params = grid.fit(w)
+    slack = 2**-10 * params.zero.abs().amax() if grid.zero_dtype == "float16" and params.zero is not None else 0.0
+    assert bool(((grid.snap(w, params) - w).abs() <= params.scale.abs() * (0.5 + 1e-4 + slack)).all())
+    less = Params(params.scale * 0.99, params.zero)
+    too_far = (grid.snap(w, less) - w).abs().amax(1) > less.scale.abs().squeeze(1) * (0.5 + 1e-4)
+    is_least = grid.symmetric == grid.signed_scale and grid.zero_dtype == "int"  # others round zero points or keep a side free
+    assert bool(too_far.all()) or not is_least

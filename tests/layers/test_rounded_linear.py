@@ -39,7 +39,7 @@ def test_what_it_computes_with_is_what_it_comes_to(short: str) -> None:
 def test_the_gradient_of_v_is_the_scale_times_that_of_the_weight_inside_the_range() -> None:
     W = torch.tensor([[0.1, -0.4, 0.9, 0.2]])
     scheme = Scheme.model_validate({"weights": {"bits": 3, "scale_dtype": "float32"}})
-    # The range is [-0.2, 0.45], the scale -0.45 / 3.5, as the largest value is positive: 0.9 is clipped to the level -4,
+    # The range is [-0.2, 0.45], the scale -0.45 / 4.5, as the largest value is positive: 0.9 is clipped to the level -4,
     # and -0.4 to 3.
     alpha, beta = (group_values(W, scheme, 0.5).requires_grad_() for _ in range(2))
     V = torch.zeros(1, 1, 4, requires_grad=True)
@@ -47,15 +47,15 @@ def test_the_gradient_of_v_is_the_scale_times_that_of_the_weight_inside_the_rang
     layer = RoundedLinear(W, None, scheme, alpha, beta, V)
     passed = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     (layer.weight_values() * passed).sum().backward()
-    scale = -0.45 / 3.5
+    scale = -0.45 / 4.5
     assert V.grad is not None and alpha.grad is not None and beta.grad is not None and W.grad is not None
     assert V.grad.flatten().tolist() == pytest.approx([1 * scale, 0.0, 0.0, 4 * scale])
-    # d W^ / d scale = level - W / scale inside, level where clipped; d scale / d alpha = -max W / 3.5
+    # d W^ / d scale = level - W / scale inside, level where clipped; d scale / d alpha = -max W / 4.5
     inside = [round(w / scale) - w / scale for w in (0.1, 0.2)]
-    expected = (1 * inside[0] + 2 * 3 + 3 * -4 + 4 * inside[1]) * -0.9 / 3.5
+    expected = (1 * inside[0] + 2 * 3 + 3 * -4 + 4 * inside[1]) * -0.9 / 4.5
     assert float(alpha.grad) == pytest.approx(expected, rel=1e-4)
     assert float(beta.grad) == 0.0  # the other end is the larger one
-    # d W^ / d W = 1 inside, 0 where clipped; the largest weight also carries the scale, d scale / d max W = -0.5 / 3.5
+    # d W^ / d W = 1 inside, 0 where clipped; the largest weight also carries the scale, d scale / d max W = -0.5 / 4.5
     by_scale = expected / 0.9 * 0.5
     assert W.grad.flatten().tolist() == pytest.approx([1.0, 0.0, by_scale, 4.0], rel=1e-4)
 

@@ -10,10 +10,15 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from qtool.errors import QtoolError
-from qtool.formats.scheme import Scheme
+from qtool.formats.scales import SCALE_DTYPES
+from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.model.checkpoint import Checkpoint
+from qtool.model.checkpoint import EXPERT, Checkpoint
+
+SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 class Reader(Protocol):
@@ -34,3 +39,32 @@ def reader_of(config: dict[str, Any]) -> Reader:
         raise QtoolError(f"model: quantization by {method} cannot be read; {', '.join(sorted(known))} can")
     module: Reader = importlib.import_module(f"{__name__}.{known[method]}")
     return module
+
+
+def scheme_of(
+    name: str,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    activations: dict[str, Any] | None = None,
+) -> Scheme:
+    """The scheme of the linear `name` as its checkpoint states it; raises QtoolError for one out of range."""
+    try:
+        return Scheme(
+            weights=WeightScheme(bits=bits, group=group, symmetric=symmetric, scale_dtype=SCALE_NAMES[scale_dtype]),
+            activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
+        )
+    except ValueError as error:  # a number of bits, or a group, out of range
+        raise QtoolError(f"model: {name}: its scheme cannot be read: {' '.join(str(error).splitlines()[1:3])}") from error
+
+
+def read_parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors NAME.PART that the checkpoint has, as stored, by part; raises QtoolError for an expert that has some."""
+    owner, *_ = checkpoint.stored_as(name) or [name]
+    found = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{owner}.{part}" for part in parts], None)}
+    if found and EXPERT.fullmatch(name):
+        raise QtoolError(
+            f"model: {name}: a mixture's experts can be read from compressed-tensors checkpoints, not from this one"
+        )
+    return found

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.packing import n_words, unpack_int32
-from qtool.formats.scales import SCALE_DTYPES
-from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
+from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
+from qtool.model.readers import scheme_of
 
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
-SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
@@ -77,18 +76,8 @@ def _read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> S
         raise QtoolError(f"model: {name}: only int activations scaled per token at run time (dynamic) can be read")
     if group.get("output_activations"):
         raise QtoolError(f"model: {name}: quantized outputs (output_activations) cannot be read, quantized inputs can")
-    try:
-        return Scheme(
-            weights=WeightScheme(
-                bits=weights["num_bits"],
-                group=weights["group_size"] if weights["strategy"] == "group" else None,
-                symmetric=weights["symmetric"],
-                scale_dtype=SCALE_NAMES[scale.dtype],
-            ),
-            activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
-        )
-    except ValueError as error:  # a number of bits, or a group, out of range
-        raise QtoolError(f"model: {name}: its scheme cannot be read: {' '.join(str(error).splitlines()[1:3])}") from error
+    group_size = weights["group_size"] if weights["strategy"] == "group" else None
+    return scheme_of(name, weights["num_bits"], group_size, weights["symmetric"], scale.dtype, activations)
 
 
 def _read_weights(checkpoint: Checkpoint, name: str, scheme: WeightScheme) -> QuantizedTensor:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.calibration.tokens import ASSETS
+from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 
 TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -55,6 +56,26 @@ def reload() -> Callable[[Path], torch.Tensor]:
             return model.eval()(TOKENS).logits
 
     return run
+
+
+@pytest.fixture
+def same_codes() -> Callable[[ModelHandle, ModelHandle], None]:
+    """`same_codes(read, model)`: both hold the same codes, scales (in any dtype) and zero points for the same linears."""
+
+    def check(read: ModelHandle, model: ModelHandle) -> None:
+        with read.materialized() as theirs, model.materialized() as ours:
+            layers = {name: module.qt for name, module in ours.named_modules() if isinstance(module, QuantLinear)}
+            found = {name: module.qt for name, module in theirs.named_modules() if isinstance(module, QuantLinear)}
+        assert layers and found.keys() == layers.keys()
+        for name, expected in layers.items():
+            assert torch.equal(found[name].codes, expected.codes) and found[name].codes.dtype == expected.codes.dtype, name
+            assert torch.equal(found[name].scale.float(), expected.scale.float()), name
+            assert (found[name].zero is None) == (expected.zero is None), name
+            assert expected.zero is None or torch.equal(found[name].zero, expected.zero), name
+        words = [{name: str(scheme) for name, scheme in handle.schemes().items()} for handle in (read, model)]
+        assert words[0] == words[1]
+
+    return check
 
 
 @pytest.fixture

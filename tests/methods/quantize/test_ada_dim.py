@@ -57,12 +57,16 @@ def golden(W: Tensor, along: str, bits: int, group: int, symmetric: bool) -> Ten
         for start in range(0, len(line), group):
             part = line[start : start + group]
             least, most = min(*part, 0.0), max(*part, 0.0)
-            largest = max(-least, most) / (2 ** (bits - 1) - 0.5) if symmetric else (most - least) / (2**bits - 1)
-            scale = float(torch.tensor(-largest if symmetric and most > -least else largest))
-            zero = 0 if symmetric else round(-least / scale)
-            low = -(2 ** (bits - 1)) if symmetric else 0
+            half, last = 2 ** (bits - 1), 2**bits - 1
+            if symmetric:
+                zero, scale = 0, max(max(-least, most) / (half + 0.5), min(-least, most) / (half - 0.5))
+            else:
+                zero = min(max(round(-least / (most - least) * (last + 1) - 0.5), 0), last)
+                scale = max(most / (last - zero + 0.5), -least / (zero + 0.5))
+            scale = float(torch.tensor(-scale if symmetric and most > -least else scale))
+            low = -half if symmetric else 0
             for i, w in enumerate(part):
-                # By a float32 division, as the largest weight of a symmetric group lies just half way; then the even code.
+                # By a float32 division, as the largest weight of a group may lie just half way; then the even code.
                 code = round(float(torch.tensor(w) / torch.tensor(scale))) + zero
                 line[start + i] = scale * (min(max(code, low), low + 2**bits - 1) - zero)
     rounded = torch.tensor(lines)
@@ -137,7 +141,6 @@ def test_gptq_along_inputs_rounds_every_column_at_its_own_turn() -> None:
     W, x = problem()
     H = statistics(x).hessian().double()
     H += 0.01 * H.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    # With zero points: the largest weight of a symmetric group lies half way between two levels.
     scheme = {"weights": {"bits": 3, "group": 16, "group_along": "in_channel", "symmetric": False, "scale_dtype": "float32"}}
     options = GptqOptions.model_validate({"scheme": scheme, "range": "minmax", "act_order": "none"})
     tensor = gptq(W.clone(), statistics(x), Scheme.model_validate(scheme).weights, options, print)

@@ -163,7 +163,8 @@ def test_zeros_constant_groups_dead_inputs_and_one_output_stay_finite(short: str
     found = tensor.dequantize()
     assert bool(torch.isfinite(found).all())
     assert torch.equal(found[0], torch.zeros(96))
-    assert torch.allclose(found[1], W[1], rtol=2**-7)  # a bfloat16 scale, or a float16 zero point
+    half = tensor.scale.float()[1].abs().amax() / 2  # of a step: how far the end of a range lies from a level
+    assert float((found[1] - W[1]).abs().max()) <= float(half) * (1 + 2**-7)
     assert torch.equal(run(W[3:4], x, short, steps=4).codes, tensor.codes[3:4])
 
 

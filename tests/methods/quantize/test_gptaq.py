@@ -43,8 +43,9 @@ def golden(W: Tensor, original: Tensor, changed: Tensor, alpha: float, order: li
     H, D = x.T @ x / len(x), drifted.T @ x / len(x)
     H += 0.01 * H.diagonal().mean() * torch.eye(N_IN, dtype=torch.float64)
     w, codes = W.double().clone(), torch.zeros(len(W), N_IN)
-    sign = torch.where(W.amax(1) > -W.amin(1), -1, 1)  # [out]
-    scale = sign * (W.abs().amax(1) / 3.5).bfloat16().double()  # [out]
+    low, high = -W.amin(1), W.amax(1)  # [out]
+    size = torch.maximum(torch.maximum(low, high) / 4.5, torch.minimum(low, high) / 3.5)
+    scale = torch.where(high > low, -1, 1) * size.bfloat16().double()  # [out]
     for turn, c in enumerate(order):
         left, later = order[turn:], order[turn + 1 :]
         current = w[:, c].clone()

@@ -94,12 +94,14 @@ def golden(W: Tensor, stats: LayerStats, short: str, act_order: str) -> tuple[li
 def fit(w: Tensor, short: str) -> tuple[float, int]:
     """Scale in bfloat16 and zero point of the full range of w [group]."""
     scheme = Scheme.model_validate(short).weights
+    half, last = 2 ** (scheme.bits - 1), 2**scheme.bits - 1
     if scheme.symmetric:
-        sign = -1 if w.max() > -w.min() else 1
-        return sign * float((w.abs().max() / (2 ** (scheme.bits - 1) - 0.5)).bfloat16()), 0
-    least, most = min(float(w.min()), 0.0), max(float(w.max()), 0.0)
-    scale = float(torch.tensor((most - least) / (2**scheme.bits - 1)).bfloat16())
-    return scale, min(max(round(-least / scale), 0), 2**scheme.bits - 1)
+        low, high = -float(w.min()), float(w.max())
+        scale = max(max(low, high) / (half + 0.5), min(low, high) / (half - 0.5))
+        return (-1 if high > low else 1) * float(torch.tensor(scale).bfloat16()), 0
+    low, high = max(-float(w.min()), 0.0), max(float(w.max()), 0.0)
+    zero = min(max(round(low / (low + high) * (last + 1) - 0.5), 0), last)
+    return float(torch.tensor(max(high / (last - zero + 0.5), low / (zero + 0.5))).bfloat16()), zero
 
 
 CASES = [(order, short) for order in ORDERS for short in ("w3a16g8", "w4a16g8-asym", "w3a16", "w2a16g24-asym")]
@@ -132,8 +134,8 @@ def test_the_golden_catches_a_wrong_slice_that_the_law_lets_pass(act_order: str,
 
     monkeypatch.setattr(module, "sweep", spread_twice)
     W, stats = problem(6, 48)
-    tensor = run(W, stats, "w4a16g8-asym", act_order=act_order, range="minmax")
-    assert tensor.codes.tolist() != golden(W, stats, "w4a16g8-asym", act_order)[0]
+    tensor = run(W, stats, "w4a16g8", act_order=act_order, range="minmax")
+    assert tensor.codes.tolist() != golden(W, stats, "w4a16g8", act_order)[0]
     assert loss(W, tensor, stats) < loss(W, quantize(W, tensor.scheme), stats)
     laws.loss_is_no_worse_than_rounding(replace(METHOD, key="quantize/gptq"))
 

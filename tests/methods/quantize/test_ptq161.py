@@ -80,8 +80,8 @@ def test_without_a_step_it_is_the_formula_written_out(tiny_model: Callable[..., 
             mu = sum(rest) / len(rest)
             alpha = sum(abs(w - mu) for w in rest) / len(rest)
             masked = [float(W[o, j]) if j in largest else 0.0 for j in range(n_in)]  # the scheme's range: the row and 0
-            scale = float(torch.tensor((max(masked) - min(masked)) / 15).bfloat16())
-            zero = round(-min(masked) / scale)
+            zero = round(-min(masked) / (max(masked) - min(masked)) * 16 - 0.5)
+            scale = float(torch.tensor(max(max(masked) / (15.5 - zero), -min(masked) / (zero + 0.5))).bfloat16())
             for j in range(n_in):
                 w = float(W[o, j])
                 if j in largest:

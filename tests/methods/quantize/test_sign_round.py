@@ -52,8 +52,9 @@ def test_three_steps_equal_the_algorithm_written_out(tiny_model: Callable[..., P
     found = sign_round(block, hidden, targets, {name: scheme}, options, 0, print)[name]
 
     W = weight_of(block.get(name))
-    is_positive = W.amax(1, keepdim=True) > -W.amin(1, keepdim=True)  # the largest value, which takes the longer side
-    scale = torch.where(is_positive, -1, 1) * W.abs().amax(1, keepdim=True) / 1.5
+    low, high = -W.amin(1, keepdim=True), W.amax(1, keepdim=True)  # [out, 1]
+    size = torch.maximum(torch.maximum(low, high) / 2.5, torch.minimum(low, high) / 1.5)
+    scale = torch.where(high > low, -1, 1) * size  # the largest value takes the longer side
     seen: list[Tensor] = []
     hook = block.get(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     out = block.forward(hidden)

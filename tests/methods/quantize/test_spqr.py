@@ -119,8 +119,8 @@ def test_codes_and_outliers_are_those_of_solving_all_later_columns_anew(choice: 
             if c == start:  # the range of what the group's other weights are by now
                 inside = [float(current[k]) for k in range(start, start + 16) if not is_outlier[o, k]]
                 least, most = min(*inside, 0.0), max(*inside, 0.0)
-                scale = float(torch.tensor((most - least) / 7))
-                zero = round(-least / scale)
+                zero = min(max(round(-least / (most - least) * 8 - 0.5), 0), 7)
+                scale = float(torch.tensor(max(most / (7.5 - zero), -least / (zero + 0.5))))
             code = min(max(round(float(current[c]) / scale) + zero, 0), 7)
             assert int(tensor.codes[o, c]) == code, (o, c)
             settled[c] = scale * (code - zero)

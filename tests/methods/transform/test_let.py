@@ -72,7 +72,7 @@ def test_a_planted_outlier_is_shrunk_and_rounding_costs_less_than_after_smoothqu
     assert s[5] > 4 * s.median() and notes == []
     assert torch.allclose(edits[f"{consumers[0]}.weight"], weight_of(block.get(consumers[0])) * s, rtol=1e-4, atol=1e-7)
     plain, smoothed, learned = (error_of_rounding(block, hidden, "w4a4", found) for found in ({}, smooth(block, hidden), edits))
-    assert learned < 0.9 * smoothed < 0.9 * plain
+    assert learned < 0.95 * smoothed and smoothed < 0.9 * plain
 
 
 def test_without_a_step_it_is_smoothquant_where_that_helps(tiny_model: Callable[..., Path]) -> None:

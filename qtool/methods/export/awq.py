@@ -1,0 +1,98 @@
+"""An AWQ checkpoint: packed four-bit weights in the layout "gemm" of AutoAWQ.
+
+The layout stands in qtool/formats/group_layouts.py, what kernels ask of a model in qtool/model/kernel_limits.py. Any four-bit
+scheme goes into it, however it was found; symmetric ones with 8 for every zero point. Scales are float16, as the layout has
+them; kernels multiply in 16 bits, and `lossless` speaks of the file alone. One group size serves the whole model; dense
+linears stand in modules_to_not_convert, and in `dynamic`, where GPTQModel looks for them. The head stays dense: runtimes do
+not look for it in this layout.
+Source: Lin et al. 2023, arXiv:2306.00978, in the layout of AutoAWQ 0.2, as GPTQModel 7.7 reads it.
+For: vLLM, SGLang, transformers with gptqmodel; four-bit weights. gptq holds other widths and mixed schemes.
+Costs: writing the file.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.formats.group_layouts import AWQ_BITS, pack_awq
+from qtool.formats.scheme import Scheme
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
+from qtool.model.writer import write_checkpoint
+from qtool.options import Options
+from qtool.registry import Method
+
+WHERE = "export/awq"
+GROUPS = (16, 32, 64, 128)
+
+
+class AwqOptions(Options):
+    """The format leaves nothing to choose."""
+
+
+def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
+    schemes = model.schemes()
+    check_model(model, options)
+    check_schemes(model, schemes, options)
+    is_lossless = True
+
+    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+        nonlocal is_lossless
+        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
+        try:
+            parts = pack_awq(layer.qt)
+        except QtoolError as error:
+            raise QtoolError(f"{WHERE}: {name}: {error}") from error
+        stored = replace(layer.qt, scale=parts["scales"].T)
+        is_lossless &= torch.equal(stored.dequantize().to(model.dtype), layer.weight_values(model.dtype))
+        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
+
+    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    return describe_folder("awq", out, is_lossless)
+
+
+def check_model(model: ModelHandle, options: AwqOptions) -> None:
+    """Raise QtoolError, before any work, for a model whose blocks the format cannot hold."""
+    check_no_experts(WHERE, model)
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> None:
+    """Raise QtoolError where nothing is quantized, or to more than format and kernels take."""
+    check_linears(WHERE, model, schemes, AWQ_BITS, GROUPS)
+    first, head = next(iter(schemes)), head_name(model)
+    for name, scheme in schemes.items():
+        if name == head:
+            raise QtoolError(
+                f"{WHERE}: {name}: {scheme}: runtimes take a dense head alone; add it to ignore, or use export/gptq"
+            )
+        if scheme.weights.group != schemes[first].weights.group:
+            raise QtoolError(
+                f"{WHERE}: {first} is {schemes[first]}, {name} is {scheme}, but this format has one group size; use one, or "
+                "export/gptq"
+            )
+
+
+def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """config.json's quantization_config."""
+    scheme, dense = next(iter(schemes.values())), dense_linears(model, schemes)
+    head = head_name(model)
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": scheme.weights.group or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": [*dense, *([] if head is None else [head])],
+    }
+    return config | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in dense}} if dense else {})
+
+
+METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes)
