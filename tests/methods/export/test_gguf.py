@@ -15,6 +15,7 @@ from qtool.errors import QtoolError
 from qtool.formats.ggml import TYPES
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
+from qtool.methods.export.compressed_tensors import CompressedTensorsOptions, compressed_tensors
 from qtool.methods.export.gguf import METHOD, GgufOptions, contents, gguf, kinds_of
 from qtool.model.gguf import file_size
 from qtool.model.handle import ModelHandle
@@ -101,6 +102,17 @@ def test_every_family_is_read_back(
 def test_other_families_are_refused_before_any_work(family: str, tiny_model: TinyModel) -> None:
     with pytest.raises(QtoolError, match=f"export/gguf: {family}.* models cannot be written; llama, mistral"):
         METHOD.check(opened(tiny_model(family)), GgufOptions())
+
+
+def test_an_export_of_another_format_keeps_its_codes_too(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+) -> None:
+    model = quantized(tiny_model("llama", dtype="bfloat16"), "w4a16g32")
+    (tmp_path / "packed").mkdir()
+    compressed_tensors(model, tmp_path / "packed", CompressedTensorsOptions())
+    assert export(opened(tmp_path / "packed"), tmp_path / "out").lossless
+    assert types(tmp_path / "out")["blk.0.ffn_up.weight"] == "q4_0"
+    assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
 def test_a_tied_head_is_written_once(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf) -> None:
