@@ -78,7 +78,8 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
         if (factors := rope_factors(model)) is not None:
             write("rope_freqs.weight", factors.view(torch.uint8))
         for unit in unit_tensors(model, encode, fuses_experts=False):
-            for name, tensor in unit.items():
+            while unit:  # so that nothing is left of a block when the next is loaded
+                name, tensor = unit.popitem()
                 stored, data = named(family, name), tensor
                 if tensor.dtype != torch.uint8:
                     W = tensor.T if is_transposed(family, stored) else tensor
