@@ -127,7 +127,7 @@ class CodebookGrid:
     def fit_range(self, minimum: Tensor, maximum: Tensor) -> Params:
         """Params of a stated range; minimum, maximum [..., 1]."""
         if self.zero_dtype is None:
-            amax = torch.maximum(-minimum, maximum)
+            amax = self.reach(minimum, maximum, None)
             scale = fit_scale(amax, self.largest, self.scale_dtype, self.of_tensor)
             return Params(scale if 0.0 in self.table else torch.where(amax > 0, scale, NEARLY_ZERO), None)
         low, high = self.ends

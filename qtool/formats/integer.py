@@ -5,7 +5,7 @@
     float zero   q = clip(round(w / scale + zero), 0, 2^b - 1)             w^ = scale (q - zero)
     w [..., group] floats    scale, zero [..., 1]    q [..., group] whole numbers
 A whole zero point is a code, so that 0 is a level; a float one is stored in float16 and lies between codes, as HQQ's does.
-The scale of a range leaves no value further than half a step from its level, and is the least that does:
+The scale of a range leaves no value further than half a step from its level; where it may have either sign, no smaller does:
     symmetric    |scale| = max(far / (2^(b-1) + 1/2), near / (2^(b-1) - 1/2))      far, near: lengths of the range's two sides
                  scale = far / (2^(b-1) - 1/2)     where it must be positive
     asymmetric   scale = max(max / (2^b - 1/2 - zero), -min / (zero + 1/2)),   zero = round(-2^b min / (max - min) - 1/2)
@@ -14,8 +14,8 @@ Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; the asymmetric range a
 of a range lie up to half a step beyond the last levels, where others put them onto the levels and take wider steps.
 Why the scale may be negative where symmetric: levels reach one step further on one side, and the side of the largest value is
 to have it. So do the scales of llama.cpp's Q4_0.
-What both bring on the demo model's validation text, KL of plain rounding to groups of 128: w4 0.079, 0.046; w3 0.46, 0.24;
--asym w4 0.053, 0.047; w3 0.34, 0.24.
+What the half steps bring on the demo model's validation text, KL of plain rounding to groups of 128: w4 0.079, 0.046; w3 0.46,
+0.24; -asym w4 0.053, 0.047; w3 0.34, 0.24.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,9 @@
 """What the tests of exports share: logits in memory and of a folder that plain transformers loads, tiny mixtures."""
 
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,22 @@ def reload() -> Callable[[Path], torch.Tensor]:
             return model.eval()(TOKENS).logits
 
     return run
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """`with full_disk():` writing past 100,000 bytes of a file fails."""
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The compressed-tensors export: the library's own config model, plain transformers and qtool's reader all take it."""
 
 import json
-import resource
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -340,12 +340,9 @@ def test_experts_that_checkpoints_keep_fused_are_refused_before_any_step(tiny_mi
     METHOD.check(ModelHandle(ModelOptions(path=str(tiny_mixture("mixtral")))), CompressedTensorsOptions())
 
 
-def test_a_disk_that_refuses_is_a_clear_error(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_a_clear_error(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes; writing past them fails as on a full disk
-    try:
-        with pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
-            export(model, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
+        export(model, tmp_path / "out")

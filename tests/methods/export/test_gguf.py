@@ -2,8 +2,8 @@
 
 import gc
 import json
-import resource
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import gguf as package
@@ -268,15 +268,12 @@ def test_one_block_is_in_memory_at_a_time(
     assert loaded == [0] * 8  # whenever one is asked for, no other is there, nor the bytes of its wide linears
 
 
-def test_a_full_disk_is_told(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_a_full_disk_is_told(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes; writing past them fails as on a full disk
-    try:
-        with pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
-            export(model, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
+        export(model, tmp_path / "out")
 
 
 def test_a_file_of_an_unknown_architecture_is_refused(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
