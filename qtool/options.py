@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 
 from qtool.errors import QtoolError
 
-Statistic = Literal["amax", "mean_abs", "hessian", "drift", "inputs"]
-Needs = tuple[Statistic, ...]  # the statistics of a linear's input that a method reads
+Statistic = Literal["amax", "mean_abs", "hessian", "drift", "inputs", "output_hessian"]
+Needs = tuple[Statistic, ...]  # the statistics of a linear that a method reads, of its input but for output_hessian
 
 
 class Options(BaseModel):
@@ -85,6 +85,14 @@ class Sequential(Options):
         True,
         description="whether linears see what those before them in the block became: one pass that keeps the block's "
         "activations of all samples in memory; false, two passes with one batch in memory",
+    )
+
+
+class Curvature(Selection):
+    """Options of a method that reads what changes of a linear's output cost the predictions."""
+
+    gradient_tokens: int = Field(
+        65536, ge=1, description="tokens whose gradients tell what outputs are worth; what every block is fed of them is kept"
     )
 
 

@@ -2,11 +2,14 @@
 
     H = mean over tokens of x xᵀ  [in, in]     amax_j = max |x_j|     mean_abs_j = mean |x_j|     x [tokens, in]
     D = mean over tokens of (x° - x) xᵀ  [in, in], the drift from x°, what the original model has in x's place
+    Hₒ = mean over tokens of g gᵀ  [out, out], g the gradient of log p(y) by the linear's output, see calibration/curvature.py
 All in float32; x is seen once and forgotten, except where a method needs the inputs themselves.
 H is symmetric: of each strip of columns only the part on and below the diagonal is summed, the rest is its mirror image.
 Why not the bfloat16 units of a CPU, twice as fast: they round each product's sum to bfloat16, and from few tokens H, which
 has no full rank then, comes out further from positive definite than damping bridges.
 """
+
+import copy
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ class LayerStats:
         self._is_whole = True
         self._drift = torch.zeros(n_features, n_features, device=device) if "drift" in needs else None
         self._inputs: list[Tensor] = []
+        self._output_hessian: Tensor | None = None
 
     def update(self, x: Tensor, original: Tensor | None = None) -> None:
         """Take in x [..., in], and what the original model has in its place where the drift is asked for."""
@@ -84,6 +88,17 @@ class LayerStats:
         """Mean of (x° - x) xᵀ, [in, in]; None where the two could not be paired token by token."""
         assert "drift" in self._needs, "drift() of statistics gathered without it"
         return self._drift
+
+    def of_output(self, output_hessian: Tensor | None) -> "LayerStats":
+        """The same statistics, not copied, for one of the linears that share the input: with its output_hessian [out, out]."""
+        stats = copy.copy(self)
+        stats._output_hessian = output_hessian
+        return stats
+
+    def output_hessian(self) -> Tensor | None:
+        """Mean of g gᵀ, [out, out]; None for an output head, where it would be the vocabulary's size squared."""
+        assert "output_hessian" in self._needs, "output_hessian() of statistics gathered without it"
+        return self._output_hessian
 
     def amax(self) -> Tensor:
         """Largest magnitude per input channel, [in]."""

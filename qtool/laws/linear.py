@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
-from qtool.options import Options
+from qtool.options import Needs, Options
 from qtool.registry import Method
 
 OUT, IN, TOKENS = 24, 96, 400  # `in` is no power of two
@@ -28,11 +28,12 @@ class Problem:
     W: Tensor  # [out, in]
     H: Tensor  # [in, in]
     x: Tensor  # [tokens, in]
+    H_out: Tensor  # [out, out]
 
-    def loss(self, changed: Tensor) -> float:
-        """tr((W - Q) H (W - Q)ᵀ) of changed weights Q [out, in]."""
+    def loss(self, changed: Tensor, needs: Needs = ()) -> float:
+        """tr((W - Q) H (W - Q)ᵀ) of changed weights Q [out, in]; tr(Hₒ (W - Q) H (W - Q)ᵀ) for who needs Hₒ."""
         E = self.W - changed
-        return float(((E @ self.H) * E).sum())
+        return float(((E @ self.H) * (self.H_out @ E if "output_hessian" in needs else E)).sum())
 
 
 def linear_problem() -> Problem:
@@ -40,7 +41,9 @@ def linear_problem() -> Problem:
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(IN, IN, generator=random) * torch.rand(IN, generator=random) ** 2  # [in, in]
     x = torch.randn(TOKENS, IN, generator=random) @ mix  # [tokens, in]
-    return Problem(torch.randn(OUT, IN, generator=random), x.T @ x / TOKENS, x)
+    W = torch.randn(OUT, IN, generator=random)
+    g = torch.randn(TOKENS, OUT, generator=random) @ torch.randn(OUT, OUT, generator=random)  # [tokens, out]
+    return Problem(W, x.T @ x / TOKENS, x, g.T @ g / TOKENS)
 
 
 def statistics(method: Method, options: Options, problem: Problem) -> LayerStats | None:
@@ -50,7 +53,7 @@ def statistics(method: Method, options: Options, problem: Problem) -> LayerStats
         return None
     stats = LayerStats(IN, needs)
     stats.update(problem.x)
-    return stats
+    return stats.of_output(problem.H_out)
 
 
 # ---- quantize ----
@@ -120,11 +123,12 @@ def quantizing_is_deterministic(method: Method) -> None:
 
 def loss_is_no_worse_than_rounding(method: Method) -> None:
     """With a Hessian, the proxy loss is at most that of rounding to nearest in the full range of the scheme asked for."""
-    if method.needed(method.options.model_validate({"scheme": (method.schemes or SCHEMES)[0]})) == ():
+    needs = method.needed(method.options.model_validate({"scheme": (method.schemes or SCHEMES)[0]}))
+    if needs == ():
         return
     for scheme, problem, tensor in results(method):
-        loss = problem.loss(tensor.dequantize())
-        plain = problem.loss(quantize(problem.W, Scheme.model_validate(scheme).weights).dequantize())
+        loss = problem.loss(tensor.dequantize(), needs)
+        plain = problem.loss(quantize(problem.W, Scheme.model_validate(scheme).weights).dequantize(), needs)
         # Sums in float32 end in the sixth digit.
         assert loss <= plain * (1 + 1e-5), f"{scheme}: proxy loss {loss:.4g}, rounding has {plain:.4g}"
 
@@ -133,7 +137,7 @@ def quantizing_rows_apart_is_the_same(method: Method) -> None:
     """A rowwise method gives an output channel the same codes with other channels beside it and without."""
     for scheme, problem, whole in results(method) if method.rowwise else ():
         if whole.scheme.is_rowwise:
-            half = run_quantize(method, scheme, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
+            half = run_quantize(method, scheme, replace(problem, W=problem.W[: OUT // 2].clone()))
             agree = float((whole.codes[: OUT // 2] == half.codes).float().mean())
             # Float32 sums over other shapes may move a few codes.
             assert agree > 0.98, f"{scheme}: {agree:.1%} of the codes agree"
@@ -184,7 +188,7 @@ def pruning_rows_apart_is_the_same(method: Method) -> None:
     if method.rowwise:
         problem = linear_problem()
         whole = run_prune(method, {"sparsity": 0.5}, problem)
-        half = run_prune(method, {"sparsity": 0.5}, Problem(problem.W[: OUT // 2].clone(), problem.H, problem.x))
+        half = run_prune(method, {"sparsity": 0.5}, replace(problem, W=problem.W[: OUT // 2].clone()))
         agree = float(((whole[: OUT // 2] == 0) == (half == 0)).float().mean())
         assert agree > 0.98, f"{agree:.1%} of the mask agrees"
 
@@ -205,7 +209,7 @@ def reshaping_keeps_mean_and_deviation(method: Method) -> None:
     """Mean and standard deviation of all weights stay, within a thousandth of the deviation."""
     W = linear_problem().W + 0.3
     for factor in (0.25, 0.5, 0.9):
-        changed = run_reshape(method, factor, Problem(W, linear_problem().H, linear_problem().x))
+        changed = run_reshape(method, factor, replace(linear_problem(), W=W))
         mean, deviation = float(changed.mean() - W.mean()), float(changed.std() / W.std())
         assert abs(mean) < 1e-3 * float(W.std()), f"factor {factor}: the mean moves by {mean:.2g}"
         assert abs(deviation - 1) < 1e-3, f"factor {factor}: the standard deviation is {deviation:.4f} of what it was"
@@ -215,7 +219,7 @@ def reshaping_keeps_the_order(method: Method) -> None:
     """Of two weights the greater does not become the smaller, and equal weights stay equal."""
     problem = linear_problem()
     W = torch.round(problem.W * 20) / 20  # many equal ones
-    changed = run_reshape(method, 0.5, Problem(W, problem.H, problem.x)).flatten()
+    changed = run_reshape(method, 0.5, replace(problem, W=W)).flatten()
     order = W.flatten().argsort(stable=True)
     steps, new_steps = W.flatten()[order].diff(), changed[order].diff()
     assert bool((new_steps >= 0).all()), "a greater weight becomes the smaller"

@@ -56,10 +56,10 @@ class ColumnRounding:
         n_rows, self._n_groups, self._group = grouped.shape
         self._scheme, self._options = scheme, options
         self._along_in = scheme.group_along == "in_channel"
-        self._is_fitted = options.act_order == "static" or self._n_groups == 1 or self._along_in
-        check(scheme, is_late=self._along_in or not self._is_fitted)
+        self.is_fitted = options.act_order == "static" or self._n_groups == 1 or self._along_in
+        check(scheme, is_late=self._along_in or not self.is_fitted)
         self._grid = scheme.grid.for_tensor(grouped)
-        self._turns = order.tolist()
+        self._order, self._turns = order, order.tolist()
         self._curvature = U.diagonal() ** -2  # [in], in turn
         self._left_out = None if left_out is None else left_out.T[order]  # [in, out], in turn
         self.columns = W.T[order]
@@ -68,8 +68,8 @@ class ColumnRounding:
         self._codes = torch.empty_like(self.columns, dtype=code_dtype(scheme))  # [in, out], as W stands
         self._scale, self._zero = W.new_ones(self._n_groups, n_rows), W.new_zeros(self._n_groups, n_rows)
         self._second: Tensor | None = None
-        self.leaf = LEAF if self._is_fitted else self._group
-        if self._is_fitted and not self._along_in:
+        self.leaf = LEAF if self.is_fitted else self._group
+        if self.is_fitted and not self._along_in:
             weights = self._curvature[order.argsort()].view(self._n_groups, self._group)
             self._fit(slice(None), slice(None), grouped, weights, None if left_out is None else to_groups(left_out, scheme))
             settled = settle(Params(self._scale.T.unsqueeze(-1), None), scheme)
@@ -77,7 +77,7 @@ class ColumnRounding:
 
     def begin(self, start: int, stop: int) -> None:
         """Fit the ranges of the group whose columns have the turns start .. stop - 1, where they wait for that."""
-        if not self._is_fitted:
+        if not self.is_fitted:
             g = self._turns[start] // self._group
             now = self.columns[start:stop].T.contiguous().unsqueeze(1)  # [out, 1, group]
             left_out = None if self._left_out is None else self._left_out[start:stop].T.contiguous().unsqueeze(1)
@@ -99,6 +99,16 @@ class ColumnRounding:
         q = self._grid.encode(w, params)
         self._codes[column] = q.flatten()
         return self._grid.decode(q, params).flatten()
+
+    def settle_each(self, turns: slice, rows: Tensor, w: Tensor) -> Tensor:
+        """The values [n] of the nearest codes to single weights w [n], one in each of these columns and rows [n]."""
+        w = w.masked_fill(self._pruned[turns].gather(1, rows.unsqueeze(1)).squeeze(1), 0) if self._is_sparse else w
+        columns = self._order[turns]  # [n]
+        g = columns // self._group
+        params = self._params(self._scale[g, rows], self._zero[g, rows])  # [n]
+        q = self._grid.encode(w, params)
+        self._codes[columns, rows] = q.to(self._codes.dtype)
+        return self._grid.decode(q, params)
 
     def tensor(self) -> QuantizedTensor:
         """The matrix of all codes, once every column is settled."""

@@ -24,6 +24,7 @@ from qtool.model.memory import large_pieces_returned
 from qtool.model.store import save_changes
 from qtool.options import Needs, Selection, require_matches
 from qtool.pipeline.block_scope import transform_block, tune_block
+from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
 from qtool.pipeline.twin import Twin
@@ -55,13 +56,16 @@ def run_blockwise(
     head = head_to_change(model, options) if isinstance(options, Selection) else None
     if unquantized is not None:
         head = check_quantized(model, method, options, head)
-    progress.stage(method.key, model.n_blocks + (head is not None))
+    sees_outputs = tokens is not None and "output_hessian" in needs
+    progress.stage(method.key, model.n_blocks + (head is not None) + (model.n_blocks + 1 if sees_outputs else 0))
 
     source = model if changes_function else before_step(model, folder)
     hidden = source.embed(tokens) if needs_inputs and tokens is not None else None
     twin = None
     if tokens is not None and changes_function and (method.scope == "block" or "drift" in needs):
         twin = Twin(before_step(model, folder), tokens)
+    if sees_outputs and tokens is not None and not all(folder.unit(f"block_{i:03d}").is_file() for i in range(model.n_blocks)):
+        gather_curvature(before_step(model, folder), options, tokens, seed, folder, progress)
     for index in range(model.n_blocks):
         unit = f"block_{index:03d}"
         is_done = folder.unit(unit).is_file()
@@ -84,7 +88,8 @@ def run_blockwise(
                 else:
                     before = None if unquantized is None else unquantized.block(index)
                     groups = chosen_groups(block, options, hidden, only_quantized=before is not None)
-                    change = choose_change(block, before, method, options, work)
+                    curvature = curvature_of(folder, index) if sees_outputs else {}
+                    change = choose_change(block, before, method, options, work, curvature)
                     hidden = change_block(block, groups, options, needs, hidden, twin, change, is_last)
                     if unquantized is not None:
                         unquantized.release(index)
@@ -95,6 +100,7 @@ def run_blockwise(
     if head is not None and not folder.unit("outer").is_file():
         change_head(model, unquantized, head, method, options, needs, hidden, twin, folder)
         progress.advance(head)
+    discard_curvature(folder)
     return collect(model, folder)
 
 

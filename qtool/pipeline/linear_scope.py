@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -63,10 +63,15 @@ def change_block(
         return None if is_last else walk.finish()
 
 
-def choose_change(block: Block, before: Block | None, method: Method, options: Any, work: Work) -> Change:
-    """What a step does to linears: with the block as it was `before` it was quantized, make up for that."""
+def choose_change(
+    block: Block, before: Block | None, method: Method, options: Any, work: Work, curvature: Mapping[str, Tensor] | None = None
+) -> Change:
+    """What a step does to linears: with the block as it was `before` it was quantized, make up for that.
+
+    curvature: the output_hessian [out, out] of linears by name, where the method asks for it.
+    """
     if before is None:
-        return partial(change_linears, block, method=method, options=options, work=work)
+        return partial(change_linears, block, method=method, options=options, work=work, curvature=curvature or {})
     return partial(compensate_linears, block, before, method=method, options=options, work=work)
 
 
@@ -95,7 +100,13 @@ def side_by_side(walk: Walk, beside: Walk | None) -> Iterator[tuple[str, list[Te
 
 
 def change_linears(
-    block: Block, names: tuple[str, ...], stats: LayerStats | None, method: Method, options: Any, work: Work
+    block: Block,
+    names: tuple[str, ...],
+    stats: LayerStats | None,
+    method: Method,
+    options: Any,
+    work: Work,
+    curvature: Mapping[str, Tensor],
 ) -> None:
     """Quantize, prune or reshape linears that share an input, in one call where the method works row by row."""
     batches: list[tuple[Scheme | None, list[str]]] = []
@@ -112,9 +123,10 @@ def change_linears(
         begun = time.perf_counter()
         n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
         chosen = (options,) if scheme is None else (scheme.weights, options)
+        seen = stats if stats is None else stats.of_output(curvature.get(members[0]))
         # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
         try:
-            result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), stats, *chosen, note)
+            result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), seen, *chosen, note)
         except QtoolError as error:
             raise QtoolError(f"{method.key}: {members[0]}: {error}") from error
         seconds = time.perf_counter() - begun

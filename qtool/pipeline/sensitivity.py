@@ -11,8 +11,9 @@ Rounding sees statistics of all windows, losses are taken over the first few: fr
 would vanish on just those tokens.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.quant_linear import QuantLinear
-from qtool.linalg.divergence import kl, log_likelihood_of_draws, squared_product
+from qtool.linalg.divergence import kl, squared_product
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.store import load_changes, save_changes
 from qtool.model.wiring import oriented
 from qtool.options import Needs
+from qtool.pipeline.backward import Take, go_back
 from qtool.pipeline.blockwise import inputs_of_head
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import chosen_groups
@@ -193,26 +195,17 @@ def predict(
     if head is not None and not is_kept(folder, "outer", options):
         keep(folder, "outer", rounding.round_head(model, head, hidden), options)
 
-    upstream: list[Tensor] = []  # gradient after the block in hand, of every window [1, length, hidden]
     losses: Losses = {}
-    random = torch.Generator().manual_seed(seed)
     n_tokens = tokens[:n].numel()
-    with model.outer():
-        gradients = Gradients(Block(model, -1, model.model, ""), units.pop(), kept(folder, "outer", options))
-        for window in hidden[:n].split(1):
-            x = window.to(model.device).requires_grad_()
-            upstream.append(gradients.take(log_likelihood_of_draws(model.logits(x)[0], random), x, None))
-        losses |= gradients.losses(n_tokens)
-        progress.advance("output")
-    for index in reversed(range(model.n_blocks)):
-        block = model.block(index)
-        gradients = Gradients(block, units.pop(), kept(folder, f"block_{index:03d}", options))
-        for place, window in enumerate(inputs.pop().split(1)):
-            x = window.to(model.device).requires_grad_()
-            upstream[place] = gradients.take(block.call(x), x, upstream[place])
-        losses |= gradients.losses(n_tokens)
-        model.release(index)
-        progress.advance(block.name)
+
+    @contextlib.contextmanager
+    def watch(block: Block) -> Iterator[Take]:
+        record = "outer" if block.index < 0 else f"block_{block.index:03d}"
+        gradients = Gradients(block, units.pop(), kept(folder, record, options))
+        yield gradients.take
+        losses.update(gradients.losses(n_tokens))
+
+    go_back(model, [*inputs, hidden[:n]], 1, seed, watch, progress)
     return losses
 
 

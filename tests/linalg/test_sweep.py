@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtool.linalg.hessian import inverse_factor
-from qtool.linalg.sweep import sweep
+from qtool.linalg.sweep import sweep, sweep_both
 
 
 def problem(n_in: int, n_out: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,3 +67,41 @@ def test_columns_that_are_kept_stay_to_the_bit() -> None:
     before = columns.clone()
     sweep(columns, U, 8, lambda start, stop: None, lambda c, w: w)
     assert torch.equal(columns, before)
+
+
+# ---- rows that have turns too ----
+
+
+def eager_both(columns: torch.Tensor, U: torch.Tensor, V: torch.Tensor, rows: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """The textbook loop in float64, weight by weight: each error is spread at once over all later rows and columns."""
+    W, U, V, P = columns.double(), U.double(), V.double(), P.double()
+    settled = W.clone()
+    for c in range(len(W)):
+        w, f = W[c].clone(), torch.zeros(len(rows), dtype=torch.float64)
+        for i, r in enumerate(rows.tolist()):
+            wanted = w[r] - U[c, c] * (V[:i, i] @ f[:i])
+            settled[c, r] = (2 * wanted).round() / 2
+            f[i] = (wanted - settled[c, r]) / (U[c, c] * V[i, i])
+        W[c + 1 :] += P[c, c + 1 :, None] * w - U[c, c + 1 :, None] * (w - settled[c]) / U[c, c]
+    return settled
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(24, 9), (9, 24), (1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize("leaf", [1, 7, 8, 128])
+def test_waves_give_the_result_of_settling_one_weight_after_the_other(n_in: int, n_out: int, leaf: int) -> None:
+    columns, U = problem(n_in, n_out)
+    _, V = problem(n_out)
+    random = torch.Generator().manual_seed(n_in + n_out)
+    rows, P = torch.randperm(n_out, generator=random), 0.01 * torch.randn(n_in, n_in, generator=random).triu(1)
+    expected = eager_both(columns, U, V, rows, P)
+    seen = torch.zeros(n_in, n_out)
+    leaves: list[tuple[int, int]] = []
+
+    def settle(turns: slice, which: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        seen[torch.arange(turns.start, turns.stop), which] += 1
+        return (2 * w).round() / 2
+
+    sweep_both(columns, U, V, rows, leaf, lambda start, stop: leaves.append((start, stop)), settle, P)
+    assert torch.allclose(columns.double(), expected, rtol=0, atol=1e-6)  # multiples of 1/2 in both
+    assert torch.equal(seen, torch.ones(n_in, n_out))
+    assert leaves == [(start, min(start + leaf, n_in)) for start in range(0, n_in, leaf)]
