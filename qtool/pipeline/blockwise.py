@@ -88,7 +88,7 @@ def run_blockwise(
                 else:
                     before = None if unquantized is None else unquantized.block(index)
                     groups = chosen_groups(block, options, hidden, only_quantized=before is not None)
-                    curvature = curvature_of(folder, index) if sees_outputs else {}
+                    curvature = curvature_of(folder, block) if sees_outputs else {}
                     change = choose_change(block, before, method, options, work, curvature)
                     hidden = change_block(block, groups, options, needs, hidden, twin, change, is_last)
                     if unquantized is not None:

@@ -74,9 +74,10 @@ class Mean:
             self.value.addmm_(g.T, g, beta=1 - len(g) / self.n_tokens, alpha=1 / self.n_tokens)
 
 
-def curvature_of(folder: StepFolder, index: int) -> dict[str, Tensor]:
-    """Hₒ by name of block `index`'s linears."""
-    return {name: value for name, value in load_changes(stored(folder, index)).items() if isinstance(value, Tensor)}
+def curvature_of(folder: StepFolder, block: Block) -> dict[str, Tensor]:
+    """Hₒ [out, out] by name of the block's linears, on its device."""
+    found = load_changes(stored(folder, block.index))
+    return {name: value.to(block.device) for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def discard_curvature(folder: StepFolder) -> None:

@@ -17,7 +17,7 @@ from qtool.formats.allocation import Problem, SearchOptions, sizes_of
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.memory import large_pieces_returned
-from qtool.options import matches
+from qtool.options import Curvature, matches
 from qtool.pipeline.blockwise import check_selection, head_to_change
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.sensitivity import Unit, discard, measure, predict
@@ -107,6 +107,8 @@ def check_search(model: ModelHandle, method: Method, options: SearchOptions) -> 
         raise QtoolError(f'{method.key}: there is no quantizer "{options.quantizer}"{nearest(options.quantizer, valid)}')
     if registry.load(options.quantizer).scope != "linear":
         raise QtoolError(f"{method.key}: {options.quantizer} rounds whole blocks; name a quantizer that works on linears")
+    if issubclass(registry.load(options.quantizer).options, Curvature):
+        raise QtoolError(f"{method.key}: {options.quantizer} needs gradients that a search does not gather; name quantize/gptq")
     for scheme in options.candidates:
         check_selection(model, method, SchemeSelection(scheme=scheme, ignore=options.ignore))
     names = chosen_names(model, options)

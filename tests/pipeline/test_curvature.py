@@ -52,7 +52,7 @@ def test_it_is_that_of_the_whole_model(family: str, tiny_model: TinyModel, tmp_p
     tokens = torch.randint(4096, (12, 16), generator=torch.Generator().manual_seed(0))
     folder = StepFolder(RunFolder(tmp_path / "run"), 0, "quantize/yaqa")
     gather_curvature(model, options, tokens, 3, folder, Silent())
-    found = curvature_of(folder, 0) | curvature_of(folder, 1)
+    found = curvature_of(folder, model.block(0)) | curvature_of(folder, model.block(1))
     chosen = {name for name in model.linear_names() if not options.is_ignored(name)}
     assert set(found) == chosen
     expected = of_the_whole_model(ModelHandle(ModelOptions(path=str(path))), tokens[:10], chosen, 3)

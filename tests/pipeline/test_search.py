@@ -190,6 +190,7 @@ def test_a_budget_above_every_choice_gives_the_largest_candidate_and_says_so(tin
         ({"ignore": ["lm_head", "down_proj"]}, {}, r"yaml:\d+: quantize/rtn: \S+\.0\.mlp\.down_proj: the search ignores it"),
         ({"quantizer": "quantize/gtpq"}, {}, 'no quantizer "quantize/gtpq"; did you mean "quantize/gptq"'),
         ({"quantizer": "quantize/sign_round"}, {}, "rounds whole blocks"),
+        ({"quantizer": "quantize/yaqa"}, {}, "needs gradients .* name quantize/gptq"),
     ],
 )
 def test_what_cannot_work_stops_before_any_work(

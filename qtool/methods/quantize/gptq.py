@@ -12,7 +12,7 @@ Why these defaults: on the demo model's validation text at w3a16g128, over two d
 with scales of one sign, 11 % less with signed ones; with range hessian 6 % more, minmax 25 %, and from hessian on with
 act_order none 15 %, group 6 %, damp 0.03 4 % more (0.003 the same), in two passes 1 %. At w4a16g128 mse, hessian and two
 passes are equal within 1 %.
-For: the first choice at two to four bits; alpha: 0.25 (GPTAQ) is better yet and costs twice the passes.
+For: the first choice at two to four bits; alpha: 0.25 (GPTAQ) is better and costs twice the passes, quantize/yaqa best.
 Costs: one pass through the model, and for each linear a factorization of a matrix of its inputs' size.
 """
 
