@@ -4,6 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtool.errors import QtoolError
+
+MANIFEST = "SHA256SUMS"  # in every export: a line for each other file, as sha256sum reads them
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -34,9 +38,31 @@ def describe_folder(format: str, path: Path, lossless: bool) -> Artifact:
     return Artifact(format, path, sum(file.stat().st_size for file in files), lossless, digests)
 
 
-def is_intact(folder: Path, sha256: dict[str, str]) -> bool:
-    """Whether every file of an artifact stands with its bytes; files that others put beside them do not count."""
-    return all((folder / name).is_file() and digest_file(folder / name) == digest for name, digest in sha256.items())
+def write_manifest(folder: Path, sha256: dict[str, str]) -> None:
+    """Write the digests of a folder's files, by their names in it, beside them."""
+    (folder / MANIFEST).write_text("".join(f"{digest}  {name}\n" for name, digest in sha256.items()), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """What `write_manifest` wrote; raises QtoolError where the file is not such a list."""
+    sha256: dict[str, str] = {}
+    for number, line in enumerate((folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name:
+            raise QtoolError(f"{folder / MANIFEST}: line {number} is no digest and name; the export is damaged, write it again")
+        sha256[name] = digest
+    return sha256
+
+
+def changed_files(folder: Path, sha256: dict[str, str]) -> dict[str, str]:
+    """Files of an artifact that are missing or changed, and which; files that others put beside them do not count."""
+    found = {}
+    for name, digest in sha256.items():
+        if not (folder / name).is_file():
+            found[name] = "missing"
+        elif digest_file(folder / name) != digest:
+            found[name] = "not as it was written"
+    return found
 
 
 def digest_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from qtool.cli.methods import methods
 from qtool.cli.run import run
 from qtool.cli.schema import schema
 from qtool.cli.validate import validate
+from qtool.cli.verify import verify
 from qtool.errors import QtoolError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -29,6 +30,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": export,
     "methods": methods,
     "validate": validate,
+    "verify": verify,
     "schema": schema,
     "init": init,
     "doctor": doctor,

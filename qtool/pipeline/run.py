@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact import Artifact, Metric, is_intact
+from qtool.artifact import Artifact, Metric, changed_files, write_manifest
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
@@ -156,7 +156,7 @@ class Run:
         """What the step recorded when it was done; None where it is not, or where its export is not as it was written."""
         result = state.result()
         for row in (result or {}).get("exports", []):
-            if not is_intact(self.folder.path / row["path"], row["sha256"]):
+            if changed_files(self.folder.path / row["path"], row["sha256"]):
                 self.progress.note(f"{step.key}: {row['path']} is not as it was written; it is written again")
                 return None
         return result
@@ -259,6 +259,7 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     try:
         temporary.mkdir(parents=True)
         artifact: Artifact = step.method.run(model, temporary, step.options)
+        write_manifest(temporary, artifact.sha256)
         if out.exists():
             shutil.rmtree(out)
         temporary.replace(out)
