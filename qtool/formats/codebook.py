@@ -7,7 +7,7 @@ Of binary and ternary weights the scale is the mean |w|, as few levels clip most
 Power grids (format power) have levels sign(k) (|k| / m)^(1/a), k = -m .. m, m = 2^(bits-1) - 1, with an exponent a of each
 tensor's own: that of least squared error over all of it, found by golden-section search.
 Source: OCP Microscaling Formats 1.0, section 5.3 (E2M1, E2M3, E3M2, E4M3, E5M2); Dettmers et al. 2023, arXiv:2305.14314,
-appendix E (NF4); bitsandbytes (its FP4). E3M0 is the same construction without mantissa bits. Zhou et al. 2024,
+appendix E (NF4); bitsandbytes (its FP4); ggml (IQ4_NL). E3M0 is the same construction without mantissa bits. Zhou et al. 2024,
 arXiv:2408.08554 (ABQ-LLM), section 3.3 (w2star, five levels); Ma et al. 2024, arXiv:2402.17764 (ternary by mean |w|);
 Yvinec et al. 2023, arXiv:2301.09858 (PowerQuant); arXiv:2506.00486 (RF8: a number's first two binary digits; its layout is
 not published, this one is ours). Differs: a power grid's codes are those of the nearest level, not of the
@@ -50,6 +50,7 @@ NF4 = (
     + (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 )  # fmt: skip
 BNB_FP4 = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 
 # Format: its values by code. Codes above a float's largest number, its infinities and NaNs, repeat that number; encoding
 # never gives them.
@@ -66,6 +67,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "ternary": (-1.0, 0.0, 1.0),
     "w2star": (-2.0, -1.0, 0.0, 1.0, 2.0),
     "rf8": two_powers(),
+    "iq4_nl": IQ4_NL,
 }
 BY_MEAN = ("binary", "ternary")
 EXPONENTS = (0.3, 1.2)  # where power grids search theirs

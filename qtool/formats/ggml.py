@@ -2,6 +2,7 @@
 
     q4_0 q5_0 q8_0   32 weights   w^ = d q                        q signed
     q4_1 q5_1        32           w^ = d q + m                    q >= 0
+    iq4_nl           32           w^ = d level[q]                 levels of its own, 16 whole numbers
     mxfp4            32           w^ = 2^(e - 127) level[q]       levels of E2M1
     q3_k q6_k        256          w^ = d s_j q                    s_j a whole number for each 16 weights
     q2_k q4_k q5_k   256          w^ = d s_j q - m t_j            s_j, t_j >= 0 for each 16 (q2_k) or 32 weights
@@ -95,6 +96,7 @@ class GgmlType:
     low: int = 0  # the least code; codes are stored as what they exceed it by
     scale_low: int = 0  # the same of scales
     is_complement: bool = False  # eight-bit numbers below zero are stored as two's complement
+    table: str = ""  # the format of codebook.py whose levels the codes stand for; empty: the codes themselves
     dtype: torch.dtype | None = None  # of a dense type
 
     @property
@@ -136,7 +138,8 @@ TYPES = {
         GgmlType("q5_0", 6, 8, 32, ("d", HIGH_BIT, NIBBLES), 32, 5, -16),
         GgmlType("q5_1", 7, 9, 32, ("d", "m", HIGH_BIT, NIBBLES), 32, 5),
         GgmlType("q8_0", 8, 7, 32, ("d", Plane("codes", 8, 1, 32)), 32, 8, -128, is_complement=True),
-        GgmlType("mxfp4", 39, 38, 32, ("e", NIBBLES), 32, 4),
+        GgmlType("iq4_nl", 20, 25, 32, ("d", NIBBLES), 32, 4, table="iq4_nl"),
+        GgmlType("mxfp4", 39, 38, 32, ("e", NIBBLES), 32, 4, table="e2m1"),
         GgmlType("q2_k", 10, 10, 256, (Plane("scales", 4, 2, 16), PAIRS_K, "d", "m"), 16, 2),
         GgmlType(
             "q3_k", 11, 12, 256,
@@ -201,10 +204,12 @@ def unpack(data: Tensor, kind: GgmlType) -> Blocks:
 
 def values(blocks: Blocks, kind: GgmlType) -> Tensor:
     """Weights [blocks, weights] float32."""
-    if kind.name == "mxfp4":
-        power = torch.ldexp(torch.ones_like(blocks.d, dtype=torch.float32), blocks.d.int() - E8M0_BIAS).unsqueeze(1)
-        return power * torch.tensor(LEVELS["e2m1"], device=blocks.d.device)[blocks.codes]
-    q, d = blocks.codes.float(), blocks.d.float().unsqueeze(1)
+    d = blocks.d.float().unsqueeze(1)  # [blocks, 1]
+    if "e" in kind.layout:
+        d = torch.ldexp(torch.ones_like(d), blocks.d.int().unsqueeze(1) - E8M0_BIAS)
+    if kind.table:
+        return d * torch.tensor(LEVELS[kind.table], device=d.device)[blocks.codes]
+    q = blocks.codes.float()
     m = None if blocks.m is None else blocks.m.float().unsqueeze(1)
     if blocks.scales is None:
         return d * q if m is None else d * q + m
@@ -235,6 +240,8 @@ def type_of(scheme: WeightScheme) -> GgmlType | None:
         return None
     if scheme.format == "e2m1" and scheme.scale_dtype == "float8_e8m0fnu" and scheme.symmetric:
         return TYPES["mxfp4"]
+    if scheme.format == "iq4_nl" and scheme.symmetric and not scheme.double_quant:
+        return TYPES["iq4_nl"]
     if scheme.format != "int":
         return None
     names = {4: "q4_0", 5: "q5_0", 8: "q8_0"} if scheme.symmetric else {4: "q4_1", 5: "q5_1"}
@@ -247,7 +254,7 @@ def takes_codes(kind: GgmlType, scheme: WeightScheme) -> bool:
         return False
     if type_of(scheme) == kind:
         return True
-    is_small = scheme.format == "int" and scheme.bits <= kind.bits and kind.name != "mxfp4"
+    is_small = scheme.format == "int" and scheme.bits <= kind.bits and not kind.table
     is_grouped = scheme.group_along == "out_channel" and (scheme.group or BLOCK) % BLOCK == 0
     return is_small and is_grouped and scheme.symmetric != kind.has_minimum
 

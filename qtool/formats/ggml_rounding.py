@@ -1,6 +1,7 @@
 """Rounding to ggml's types: scales of least squared error, searched for every block at once.
 
     signed codes    minimize sum (w - s q)^2         q = clip(round(w / s), low, -low - 1)      s = sum w q / sum q^2
+    of a table      minimize sum (w - s l)^2         l the level nearest to w / s               s = sum w l / sum l^2
     with offsets    minimize sum (w - s q + t)^2     q = clip(round((w + t) / s), 0, 2^b - 1)   s, t of the normal equations
     w [parts, sub] the weights that share a scale    s, t [parts, 1]    b bits
 From each of TRIES shares of the full range the codes are rounded, then s (and t) solved for these codes; the best of all is
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.codebook import CodebookGrid
 from qtool.formats.ggml import CHUNK, Blocks, GgmlType, from_codes, pack
+from qtool.formats.integer import Params
 from qtool.formats.scheme import PRESETS, WeightScheme
 from qtool.formats.tensor import quantize
 
@@ -41,7 +44,9 @@ def _round_rows(W: Tensor, kind: GgmlType) -> Tensor:
     if kind.name == "mxfp4":
         return from_codes(quantize(W, WeightScheme.model_validate(PRESETS["mxfp4"])), kind)
     blocks = W.reshape(-1, kind.block)  # [blocks, weights]
-    if kind.n_scales == 0:
+    if kind.table:
+        rounded = _table_block(blocks, kind)
+    elif kind.n_scales == 0:
         rounded = _offset_block(blocks, kind) if kind.has_minimum else _signed_block(blocks, kind)
     else:
         rounded = _offset_superblock(blocks, kind) if kind.has_minimum else _signed_superblock(blocks, kind)
@@ -60,6 +65,22 @@ def _offset_block(w: Tensor, kind: GgmlType) -> Blocks:
     d, m = s.to(torch.float16), (-t).to(torch.float16)  # [blocks, 1]
     codes = _nearest(w - m.float(), d.float(), 0, (1 << kind.bits) - 1)
     return Blocks(codes, d.squeeze(1), m.squeeze(1))
+
+
+def _table_block(w: Tensor, kind: GgmlType) -> Blocks:
+    grid = CodebookGrid(kind.table, "float16")
+    largest = w.gather(1, w.abs().argmax(1, keepdim=True))  # [blocks, 1]
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for end in grid.ends:  # the largest weight may lie on either side
+        for share in torch.linspace(LEAST, MOST, TRIES).tolist():
+            scale = share * largest / end
+            level = grid.levels(grid.encode(w, Params(torch.where(scale == 0, 1.0, scale), None)))
+            s = _divide((w * level).sum(1, keepdim=True), level.square().sum(1, keepdim=True))
+            error = (w - s * level).square().sum(1, keepdim=True)
+            best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    d = best.to(torch.float16)
+    codes = grid.encode(w, Params(torch.where(d == 0, 1.0, d.float()), None))
+    return Blocks(codes.int(), d.squeeze(1))
 
 
 def _signed_superblock(w: Tensor, kind: GgmlType) -> Blocks:

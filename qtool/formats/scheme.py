@@ -48,6 +48,7 @@ Format = Literal[
     "ternary",
     "w2star",
     "rf8",
+    "iq4_nl",
     "e8p",
 ]
 ScaleDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
@@ -71,7 +72,8 @@ class WeightScheme(Options):
     format: Format = Field(
         "int",
         description="int; power, levels on a power function; or a table: nf4, bitsandbytes' FP4, floats by exponent and "
-        "mantissa bits, binary, ternary, w2star (five levels), rf8 (two binary digits); e8p, eight weights a code",
+        "mantissa bits, binary, ternary, w2star (five levels), rf8 (two binary digits), llama.cpp's iq4_nl; e8p, eight weights "
+        "a code",
     )
     bits: int = Field(ge=1, le=8, description="bits per weight; a table's own where the format is one")
     group: int | None = Field(None, ge=8, description="weights that share a scale; null: a whole row")

@@ -14,6 +14,7 @@ from qtool.formats.tensor import QuantizedTensor, quantize
 
 PACKED = [name for name, kind in TYPES.items() if kind.dtype is None]
 OWN = {"w4a16g32": "q4_0", "w4a16g64": "q4_0", "w4a16g128": "q4_0", "w4a16": "q4_0", "w5a16g32": "q5_0", "w8a16g32": "q8_0"}
+OWN |= {"iq4_nlg32": "iq4_nl", "iq4_nlg64": "iq4_nl"}
 OWN |= {"w4a16g32-asym": "q4_1", "w4a16g64-asymf16": "q4_1", "w5a16g32-asym": "q5_1", "mxfp4": "mxfp4", "mxint8": "q8_0"}
 
 

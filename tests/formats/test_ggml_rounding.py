@@ -15,7 +15,7 @@ PACKED = [name for name, kind in TYPES.items() if kind.dtype is None]
 # 25.6 and 31.9 dB at one to six bits (Max 1960, table II); a scale for each 16 to 32 weights adds one or two, and must
 # take back what its own few bits lose.
 LEAST_DB = {"q2_k": 9.5, "q3_k": 14.5, "q4_k": 20.5, "q5_k": 26.5, "q6_k": 32.0, "q4_0": 20.0, "q4_1": 20.5, "q5_0": 26.0}
-LEAST_DB |= {"q5_1": 26.5, "q8_0": 42.0, "mxfp4": 17.0}
+LEAST_DB |= {"q5_1": 26.5, "q8_0": 42.0, "mxfp4": 17.0, "iq4_nl": 21.0}
 
 
 def weights(n_out: int = 64, n_in: int = 512) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     w4 in groups of 32, 64, ...    q4_0    d = scale          with whole or float16 zero points    q4_1    m = -scale zero
     w5                             q5_0                                                            q5_1
-    w8                             q8_0                       mxfp4                                mxfp4
+    w8                             q8_0                       iq4_nl, mxfp4                        the same
 Types hold one scale for 32 weights; wider groups, and rows, repeat theirs. Scales are rounded to float16: those in bfloat16
 lose nothing above 2^-17, offsets m may lose a bit. `lossless` in the artifact is what came of it, every tensor decoded and
 compared. Any other scheme is refused before any work unless `type` says what becomes of it. Then linears that match a type
@@ -39,7 +39,7 @@ from qtool.registry import Method
 
 WHERE = "export/gguf"
 TypeName = Literal[
-    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"
 ]  # fmt: skip
 DENSE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 

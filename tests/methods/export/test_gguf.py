@@ -53,7 +53,7 @@ def types(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g64", "w4a16", "w5a16g32", "w8a16g32", "mxfp4", "mxint8"])
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g64", "w4a16", "w5a16g32", "w8a16g32", "iq4_nlg32", "mxfp4", "mxint8"])
 def test_codes_are_written_as_they_are(
     scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_quantized_is_written_dense(tiny_model: TinyModel, t
     assert not halves.lossless and set(types(tmp_path / "halves").values()) == {"f32", "f16"}  # bfloat16 has smaller numbers
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"])
+@pytest.mark.parametrize("name", [kind.name for kind in TYPES.values() if kind.dtype is None])
 def test_dense_linears_are_rounded_to_a_stated_type(
     name: str, tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
