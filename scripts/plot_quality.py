@@ -38,6 +38,7 @@ MARKS = {
     "autoround": "D",
     "autoround-best": "P",
     "autoround-v2": "X",
+    "yaqa": "H",
     "best": "*",
 }
 Row = Mapping[str, object]
