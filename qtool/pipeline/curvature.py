@@ -4,8 +4,8 @@
 so that  KL(p ‖ p_changed) = ½ mean of δᵀ Hₒ δ  for changes δ of the output that do not know the token.
 Of the model as it was before the step, over the first `gradient_tokens` tokens. One file a block, the last block's first:
 where the first block's stands, all do, and a killed run goes on; otherwise the pass is made again.
-Source: Tseng, Sun, De Sa 2025, arXiv:2505.22988, section 3. Martens and Grosse 2015, arXiv:1503.05671, section 3, for tokens
-taken as independent of the inputs.
+Source: Tseng, Sun, De Sa 2025, arXiv:2505.22988 (YAQA); Martens and Grosse 2015, arXiv:1503.05671, section 3 (gradients taken
+as independent of the inputs).
 """
 
 import contextlib

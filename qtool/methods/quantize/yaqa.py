@@ -6,8 +6,8 @@ Minimize tr(Hₒ (W - Q) H (W - Q)ᵀ) over grid points Q, which stands for KL o
     W, Q [out, in]    H [in, in] mean of x xᵀ    Hₒ [out, out] mean of g gᵀ, g the gradient, by the linear's outputs, of
     log p(y), y drawn from the original's own predictions    UᵀU = (H + damp·mean(diag H)·I)⁻¹,  VᵀV the same of Hₒ
 With alpha > 0 the target is what the original's input gives, as in GPTAQ, see quantize/gptq.
-Source: Tseng, Sun, De Sa 2025, arXiv:2505.22988, the factors of its section 3 (tokens taken as independent), rounding of
-section 4. Differs: H is of the inputs that the linear really has once earlier ones are rounded, and weighs all tokens alike;
+Source: Tseng, Sun, De Sa 2025, arXiv:2505.22988 (YAQA), its factors of the Hessian with tokens taken as independent.
+Differs: H is of the inputs that the linear really has once earlier ones are rounded, and weighs all tokens alike;
 rows have turns by falling diag Hₒ, as columns have by diag H; no incoherence processing.
 Why it is GPTQ on both sides: the inverse of Hₒ ⊗ H has the factor V ⊗ U, and of what a column passes on only the error as a
 whole, w_c - q_c, is left; so the walk over columns stays GPTQ's, and what is new is how a column is rounded.
