@@ -10,6 +10,7 @@ has no full rank then, comes out further from positive definite than damping bri
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -84,9 +85,11 @@ class LayerStats:
             self._is_whole = True
         return self._mean_square
 
-    def drift(self) -> Tensor | None:
-        """Mean of (x° - x) xᵀ, [in, in]; None where the two could not be paired token by token."""
+    def drift(self, note: Callable[[str], None]) -> Tensor | None:
+        """Mean of (x° - x) xᵀ, [in, in]; None, and noted, where the two could not be paired token by token."""
         assert "drift" in self._needs, "drift() of statistics gathered without it"
+        if self._drift is None:
+            note("its inputs cannot be paired with the original's; their drift is not made up for")
         return self._drift
 
     def of_output(self, output_hessian: Tensor | None) -> "LayerStats":

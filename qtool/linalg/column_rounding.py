@@ -10,7 +10,7 @@ the weights 1 / U_jj², the curvature of column j while later ones can still mak
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.errors import QtoolError
@@ -37,6 +37,18 @@ class ColumnOptions(Sequential):
         "mse",
         description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
     )
+
+
+class DriftOptions(ColumnOptions):
+    """Options of one that also makes up for what rounding did to its inputs."""
+
+    alpha: float = Field(0.0, ge=0, le=1, description="how far to make up for inputs that drifted from the original's: GPTAQ")
+
+    @model_validator(mode="after")
+    def _drift_is_seen_in_one_pass(self) -> "DriftOptions":
+        if self.alpha > 0 and not self.true_sequential:
+            raise ValueError("alpha needs true_sequential: true, which sees both models' inputs side by side")
+        return self
 
 
 class ColumnRounding:
@@ -152,6 +164,11 @@ def order_columns(importance: Tensor, W: Tensor, scheme: WeightScheme, act_order
     groups = within.sum(1).argsort(descending=True, stable=True)  # [groups]
     inner = within[groups].argsort(dim=1, descending=True, stable=True)  # [groups, group]
     return (groups.unsqueeze(1) * group + inner).flatten()
+
+
+def pull(D: Tensor | None, U: Tensor, order: Tensor, alpha: float) -> Tensor | None:
+    """P [in, in], in turn: what each column passes on because its input drifted by D [in, in]; None where that is unknown."""
+    return None if D is None else alpha * (D[order][:, order] @ U.T).triu(1) @ U
 
 
 def without(w: Tensor, left_out: Tensor) -> Tensor:

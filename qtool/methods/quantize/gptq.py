@@ -18,29 +18,20 @@ Costs: one pass through the model, and for each linear a factorization of a matr
 
 from collections.abc import Callable
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.linalg.column_rounding import ColumnOptions, ColumnRounding, order_columns
+from qtool.linalg.column_rounding import ColumnRounding, DriftOptions, order_columns, pull
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.sweep import sweep
 from qtool.options import Needs
 from qtool.registry import Method
 
 
-class GptqOptions(SchemeSelection, ColumnOptions):
+class GptqOptions(SchemeSelection, DriftOptions):
     """Options of GPTQ."""
-
-    alpha: float = Field(0.0, ge=0, le=1, description="how far to make up for inputs that drifted from the original's: GPTAQ")
-
-    @model_validator(mode="after")
-    def _drift_is_seen_in_one_pass(self) -> "GptqOptions":
-        if self.alpha > 0 and not self.true_sequential:
-            raise ValueError("alpha needs true_sequential: true, which sees both models' inputs side by side")
-        return self
 
 
 def gptq(
@@ -54,20 +45,9 @@ def gptq(
     U = inverse_factor(H, options.damp, note, order)  # [in, in], in turn
     rounding = ColumnRounding(W, scheme, options, order, U)
     del W  # `rounding` holds its columns now
-    P = pull(stats, U, order, options.alpha, note)  # [in, in], in turn
+    P = pull(stats.drift(note), U, order, options.alpha) if options.alpha > 0 else None  # [in, in], in turn
     sweep(rounding.columns, U, rounding.leaf, rounding.begin, rounding.settle, P)
     return rounding.tensor()
-
-
-def pull(stats: LayerStats, U: Tensor, order: Tensor, alpha: float, note: Callable[[str], None]) -> Tensor | None:
-    """P [in, in], in turn: what each column passes on because its input drifted; None where nothing is asked for."""
-    if alpha == 0 or stats.n_tokens == 0:
-        return None
-    D = stats.drift()
-    if D is None:
-        note("its inputs cannot be paired with the original's; quantized with alpha 0")
-        return None
-    return alpha * (D[order][:, order] @ U.T).triu(1) @ U
 
 
 def needs(options: GptqOptions) -> Needs:

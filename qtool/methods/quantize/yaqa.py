@@ -27,17 +27,16 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
-from qtool.formats.scheme import WeightScheme
+from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.linalg.column_rounding import ColumnRounding, order_columns
+from qtool.linalg.column_rounding import ColumnRounding, DriftOptions, order_columns, pull
 from qtool.linalg.hessian import inverse_factor
-from qtool.linalg.sweep import WAVE, sweep_both
-from qtool.methods.quantize.gptq import GptqOptions, gptq, pull
+from qtool.linalg.sweep import WAVE, sweep, sweep_both
 from qtool.options import Curvature, Needs
 from qtool.registry import Method
 
 
-class YaqaOptions(GptqOptions, Curvature):
+class YaqaOptions(SchemeSelection, DriftOptions, Curvature):
     """Options of YAQA."""
 
     output_damp: float = Field(0.3, gt=0, le=1, description="as damp, for what the outputs are worth")
@@ -47,22 +46,22 @@ class YaqaOptions(GptqOptions, Curvature):
 def yaqa(
     W: Tensor, stats: LayerStats, scheme: WeightScheme, options: YaqaOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
-    """Quantize W [out, in] float32; raises QtoolError as `gptq` does, and for groups along input channels."""
-    H_out = stats.output_hessian()  # [out, out]
-    if H_out is None:
-        return gptq(W, stats, scheme, options, note)
+    """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups, or H is not finite."""
     if scheme.group_along == "in_channel":
         raise QtoolError("groups along input channels are fitted to whole columns, and rows have turns here; use quantize/gptq")
     if stats.n_tokens == 0:
         note("no calibration token reached it; rounded to nearest")
-    H = stats.hessian()  # [in, in]
+    H, H_out = stats.hessian(), stats.output_hessian()  # [in, in], [out, out]
     order = order_columns(H.diagonal(), W, scheme, options.act_order)  # [in]
-    rows = H_out.diagonal().argsort(descending=True, stable=True)  # [out]
     U = inverse_factor(H, options.damp, note, order)  # [in, in], in turn
-    V = inverse_factor(H_out, options.output_damp, note, rows)  # [out, out], in turn
     rounding = ColumnRounding(W, scheme, options, order, U)
+    P = pull(stats.drift(note), U, order, options.alpha) if options.alpha > 0 else None  # [in, in], in turn
+    if H_out is None:
+        sweep(rounding.columns, U, rounding.leaf, rounding.begin, rounding.settle, P)
+        return rounding.tensor()
+    rows = H_out.diagonal().argsort(descending=True, stable=True)  # [out]
+    V = inverse_factor(H_out, options.output_damp, note, rows)  # [out, out], in turn
     leaf = WAVE if rounding.is_fitted else rounding.leaf
-    P = pull(stats, U, order, options.alpha, note)  # [in, in], in turn
     sweep_both(rounding.columns, U, V, rows, leaf, rounding.begin, rounding.settle_each, P)
     return rounding.tensor()
 
