@@ -31,7 +31,7 @@ GUIDES = {
     "factorize": "After quantizing, where the runtime can run low-rank factors.",
     "distill": "Last before measuring: training by the original's predictions.",
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
-    "export": "compressed_tensors, gptq, awq, bitsandbytes or torchao where a runtime reads it; gguf for llama.cpp; safetensors for all the rest.",
+    "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
 Scope = Literal["linear", "block", "model", "training"]
 

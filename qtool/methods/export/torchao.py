@@ -3,8 +3,9 @@
     NAME._weight_qdata [out, in] int8    NAME._weight_scale [out, groups] float32    NAME._weight_zero_point [out, groups], 0
     w^ = scale qdata, in rows (w8a16, w8a8) or in groups (w8a16g128)
 The metadata of the safetensors files tells each tensor's class and fields; the last file's names all of them. Scales in float32
-hold those of every dtype. config.json's quant_type is one for all quantized linears. torchao scales activations by its own
-rule, a token at a time, of w8a8; those of w8a16 stay as they are.
+hold those of every dtype. config.json's quant_type is one for all quantized linears.
+`lossless` speaks of the file alone: in whole rows torchao multiplies by the codes first, rounds to 16 bits and then multiplies
+by the scales; and it scales the activations of w8a8, a token at a time, by a rule of its own.
 Why int8 alone: torchao's four-bit tensors are laid out for kernels that GPUs have, and nothing else decodes them.
 Source: torchao 0.18, quantization/quantize_/workflows/int8 and prototype/safetensors, https://github.com/pytorch/ao.
 For: transformers with torchao, torch.compile. compressed_tensors holds other widths.
