@@ -31,7 +31,7 @@ GUIDES = {
     "factorize": "After quantizing, where the runtime can run low-rank factors.",
     "distill": "Last before measuring: training by the original's predictions.",
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
-    "export": "compressed_tensors, gptq or awq where a runtime reads it; gguf for llama.cpp; safetensors for all the rest.",
+    "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
 Scope = Literal["linear", "block", "model", "training"]
 
@@ -48,7 +48,7 @@ class Method:
     holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     holds: Callable[..., None] | None = None  # an export: (model, {linear: scheme}, options) raises where it cannot write them
-    schemes: tuple[str, ...] = ()  # a quantizer that takes few schemes: some of them, for the laws to try
+    schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
     key: str = ""

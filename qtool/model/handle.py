@@ -248,7 +248,7 @@ class ModelHandle:
         if self.quantization is not None:
             reader = reader_of(self.quantization)
             for name, module in list(root.named_modules()):
-                if isinstance(module, nn.Linear) and not (root is self.model and self._in_block(name)):
+                if is_linear(module) and not (root is self.model and self._in_block(name)):
                     quantized = reader.read_linear(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
                         self._place_quantized(root, name, *quantized, None)

@@ -33,6 +33,7 @@ COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer,
 REWRITTEN = {"config.json", "quantize_config.json", "quant_config.json"}  # what they say of quantized weights may end here
 
 Encode = Callable[[str, QuantLinear], dict[str, Tensor]]
+Describe = Callable[[dict[str, Tensor]], dict[str, str]]
 
 
 class ShardWriter:
@@ -41,16 +42,18 @@ class ShardWriter:
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
+        self._metadata = {"format": "pt"}
         self._data = folder / "tensors.tmp"
         self._header: dict[str, dict[str, object]] = {}
         self._size = 0
         self._shards: list[tuple[Path, list[str], int]] = []
 
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Append tensors; raises QtoolError where the disk refuses."""
+    def add(self, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Append tensors, and what this file's and all later headers tell of them; raises QtoolError where the disk refuses."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._size and self._size + size > self._shard_bytes:
             self._finish_shard()
+        self._metadata |= metadata or {}
         try:
             with self._data.open("ab") as file:
                 # Wide elements first, so that tensors stay aligned to their elements.
@@ -80,7 +83,7 @@ class ShardWriter:
         write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
     def _finish_shard(self) -> None:
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
+        header = json.dumps({"__metadata__": self._metadata, **self._header}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         path = self._folder / f"shard-{len(self._shards)}.safetensors"
 
@@ -101,17 +104,18 @@ def write_checkpoint(
     encode: Encode | None = None,
     quantization: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    describe: Describe | None = None,
 ) -> None:
     """Stream the model with its changes into `out`.
 
     `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names; without
-    it, they are decoded to dense ones. `quantization` becomes config.json's quantization_config. Raises QtoolError where
-    the disk refuses.
+    it, they are decoded to dense ones. `quantization` becomes config.json's quantization_config. `describe` gives what the
+    files' metadata is to say of tensors, by the names that they are stored under. Raises QtoolError where the disk refuses.
     """
     writer = ShardWriter(out, shard_bytes)
     for tensors in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
         renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
-        writer.add(renamed)
+        writer.add(renamed, describe and describe(renamed))
     writer.close()
     write_settings(model, out, quantization)
 

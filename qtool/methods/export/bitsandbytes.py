@@ -1,0 +1,136 @@
+"""A bitsandbytes checkpoint: NF4, FP4 or int8 weights as transformers loads them with bitsandbytes, rounded no further.
+
+The layouts stand in qtool/formats/bnb_layouts.py: codes as the methods found them, scales in float32, which holds those of
+every dtype. Four bits: nf4 and fp4_bnb in groups that bitsandbytes has blocks for, and with scales quantized themselves (-dq):
+their steps are not those of bitsandbytes, but the file brings a table for them, so that nothing is rounded again. Formats,
+groups and -dq may differ from linear to linear. Eight bits: w8a16, whole rows, where SCB is 127 scales; scales may be
+negative. One model holds four bits or eight, and linears left dense are listed in llm_int8_skip_modules.
+`lossless` speaks of the file alone. On CPUs with AVX512-BF16 bitsandbytes multiplies four-bit weights by scales in bfloat16,
+which those of qtool are but for float32 ones and -dq, and asks for outputs in multiples of 32. Its int8 kernels round
+activations to eight bits too, one scale a token, all but inputs beyond llm_int8_threshold 6.0, its default.
+Source: bitsandbytes 0.50, https://github.com/bitsandbytes-foundation/bitsandbytes; Dettmers et al. 2023, arXiv:2305.14314
+(NF4); Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8).
+For: transformers with bitsandbytes, and QLoRA training on top of better rounding than its own.
+Costs: writing the file.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.formats.bnb_layouts import BLOCKS, TYPES, pack_blocks, pack_rows, unpack_blocks, unpack_rows
+from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.kernel_limits import check_no_experts
+from qtool.model.linear import is_linear
+from qtool.model.writer import write_checkpoint
+from qtool.options import Options
+from qtool.registry import Method
+
+WHERE = "export/bitsandbytes"
+THRESHOLD = 6.0  # inputs beyond it stay in 16 bits: bitsandbytes' default
+
+
+class BitsandbytesOptions(Options):
+    """The format leaves nothing to choose."""
+
+
+def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
+    schemes = model.schemes()
+    check_model(model, options)
+    check_schemes(model, schemes, options)
+    is_lossless = True
+
+    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+        nonlocal is_lossless
+        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
+        is_rows = layer.scheme.format == "int"
+        parts = pack_rows(layer.qt) if is_rows else pack_blocks(layer.qt, model.dtype)
+        stored = unpack_rows(parts) if is_rows else unpack_blocks(parts)
+        is_lossless &= torch.equal(stored.dequantize().to(model.dtype), layer.weight_values(model.dtype))
+        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
+
+    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    return describe_folder("bitsandbytes", out, is_lossless)
+
+
+def check_model(model: ModelHandle, options: BitsandbytesOptions) -> None:
+    """Raise QtoolError, before any work, for a model whose blocks the format cannot hold."""
+    check_no_experts(WHERE, model)
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> None:
+    """Raise QtoolError where nothing is quantized, or to more than bitsandbytes takes."""
+    if not schemes:
+        raise QtoolError(f"{WHERE}: no linear is quantized; put a quantize step before it, or use export/safetensors")
+    first = next(iter(schemes))
+    for name, scheme in schemes.items():
+        where = f"{WHERE}: {name}: {scheme}"
+        if scheme.activations is not None or scheme.kv is not None:
+            raise QtoolError(f"{where}: this export holds weights alone; quantize to {scheme.weights}")
+        _check_weights(where, scheme.weights)
+        kind = type(model.model.get_submodule(name))
+        if issubclass(kind, nn.Linear) and kind is not nn.Linear:
+            raise QtoolError(
+                f"{WHERE}: {name}: transformers puts bitsandbytes' linears in place of nn.Linear, not of {kind.__name__}; use "
+                "export/safetensors"
+            )
+        if scheme.weights.bits != schemes[first].weights.bits:
+            raise QtoolError(
+                f"{WHERE}: {first} is {schemes[first]}, {name} is {scheme}, but a model is loaded in four bits or in eight; "
+                "use one, or export/safetensors"
+            )
+
+
+def _check_weights(where: str, weights: WeightScheme) -> None:
+    if weights.format not in TYPES and (weights.format, weights.bits) != ("int", 8):
+        raise QtoolError(f"{where}: bitsandbytes has nf4, fp4_bnb and int of 8 bits; quantize so, or use another export")
+    if not weights.symmetric or weights.group_along != "out_channel":
+        raise QtoolError(
+            f"{where}: bitsandbytes has no zero points, and groups along `in` alone; quantize without {weights.ending}, or use "
+            "export/safetensors"
+        )
+    if weights.format == "int" and (weights.group is not None or weights.double_quant):
+        raise QtoolError(f"{where}: its 8 bits have one plain scale for each row; quantize to w8a16, or use export/gptq")
+    if weights.format in TYPES and weights.group not in BLOCKS:
+        words = ", ".join(map(str, BLOCKS))
+        raise QtoolError(f"{where}: its blocks are of {words}; quantize so, such as nf4g64, or use export/safetensors")
+
+
+def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """config.json's quantization_config; of what differs from linear to linear, what most of them have."""
+    modules = model.model.named_modules()
+    dense = [name for name, module in modules if is_linear(module) and name not in schemes]
+    weights = Counter(scheme.weights for scheme in schemes.values()).most_common(1)[0][0]
+    is_rows = weights.format == "int"
+    config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": not is_rows,
+        "load_in_8bit": is_rows,
+        "llm_int8_skip_modules": dense,
+    }
+    if is_rows:
+        return config | {"llm_int8_threshold": THRESHOLD, "llm_int8_has_fp16_weight": False}
+    return config | {
+        "bnb_4bit_quant_type": TYPES[weights.format],
+        "bnb_4bit_use_double_quant": weights.double_quant,
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+METHOD = Method(
+    run=bitsandbytes,
+    options=BitsandbytesOptions,
+    scope="model",
+    check=check_model,
+    holds=check_schemes,
+    schemes=("nf4g64", "fp4_bnbg32-dq", "w8a16"),
+)
