@@ -14,7 +14,8 @@ dtype of the scales, here the model's:
   With several schemes, or quantized activations, transformers loads such a model, but its linears refuse to multiply.
 - The experts of a mixture. They are packed one by one and make a group of their own, found by the word experts in its
   pattern. One symmetric scheme for weights alone, of whole numbers or MXFP4, must serve them all: NVFP4 is decoded without
-  its global scale, FP8 by group not at all. Other experts are refused before any file is written.
+  its global scale, FP8 by group not at all. Other experts are refused before any file is written. MXFP4's multiply in
+  bfloat16, whatever the model is in.
 
 NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. vLLM joins linears that share an input (q, k, v;
 gate, up) and takes the largest of theirs for all, so that those must be equal there; transformers takes each one's own.
