@@ -119,6 +119,20 @@ def test_the_library_decodes_the_same(word: str, make: object) -> None:
     assert torch.equal(theirs, quantized.dequantize().to(torch.bfloat16))
 
 
+def test_on_a_border_of_bfloat16_the_librarys_division_is_what_counts() -> None:
+    # 1.5 · 60 · amax / 2688 with an amax of eight bits that 7 divides: nine bits, halfway between two bfloat16 numbers.
+    quantized, scheme = every_code("nvfp4"), scheme_of("nvfp4")
+    of_tensor = tensor_scale(torch.tensor([[203 / 256]]), 6.0, "float8_e4m3fn")
+    scale = torch.full(quantized.scale.shape, 60.0).to(torch.float8_e4m3fn)
+    quantized = replace(quantized, scale=scale, of_tensor=of_tensor)
+    group = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weight_arguments(scheme.weights)})
+    theirs = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized").decompress(pack(quantized, scheme), group)["weight"]
+    assert torch.equal(theirs, decode(quantized, torch.bfloat16))
+    ours = quantized.dequantize().to(torch.bfloat16)
+    assert not torch.equal(theirs, ours)
+    assert ((theirs - ours).abs() <= 2.0**-7 * ours.abs()).all()
+
+
 @pytest.mark.parametrize("word", ["nvfp4", "mxfp4"])
 def test_the_library_packs_the_same(word: str) -> None:
     quantized, scheme = rounded(word), scheme_of(word)
