@@ -23,6 +23,7 @@ from qtool.errors import QtoolError
 from qtool.model.gguf import GGUF
 from qtool.model.gguf_names import GgufFile
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # torch.isfinite takes none of them
 EXPERT = re.compile(r"(.+\.experts)\.(gate_up|down)\.(\d+)")  # a linear of layers/experts.py by its full name
 
 
@@ -109,8 +110,9 @@ class Checkpoint:
             else:
                 found = self._convert(name, sources, dtype)
             for target, tensor in found.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    bad = int((~torch.isfinite(tensor)).sum())
+                wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
+                if wide.is_floating_point() and not torch.isfinite(wide).all():
+                    bad = int((~torch.isfinite(wide)).sum())
                     raise QtoolError(
                         f"model: {target} holds {bad} NaN or infinite values; the checkpoint is damaged, download it again"
                     )

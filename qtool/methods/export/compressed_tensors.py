@@ -1,20 +1,29 @@
-"""A compressed-tensors checkpoint: packed integer weights, in the layout that transformers reads.
+"""A compressed-tensors checkpoint: packed integers, NVFP4, MXFP4 and FP8, in the layouts that transformers reads.
 
-Weights alone are written pack-quantized, weights of 2 to 8 bits with quantized activations int-quantized (one byte a
-code); the layouts stand in qtool/model/readers/compressed_tensors.py. The linears of one scheme are one group in config.json's
-quantization_config, named one by one, so that nothing hangs on patterns; linears left dense are listed under `ignore`.
-Two things transformers 5.23 reads only by decoding them while it loads (its integrations/compressed_tensors.py), in the
+The layouts stand in qtool/formats/compressed_layouts.py: weights of 2 to 8 bits, nvfp4, mxfp4, mxfp8_e4m3, and e4m3 with plain
+scales by row or group (FP8). The linears of one scheme are one group in config.json's quantization_config, named one by one,
+so that nothing hangs on patterns; linears left dense are listed under `ignore`.
+Three things transformers 5.23 reads only by decoding them while it loads (its integrations/compressed_tensors.py), in the
 dtype of the scales, here the model's:
 
 - Packed zero points. compressed-tensors 0.20 builds the modules that transformers loads into with unpacked ones (on the
   meta device its packing skips them), and transformers refuses the difference, whoever wrote the file. `dequantize` in the
   quantization_config lets it decode instead, which it does by one scheme for all linears. Zero points in a model of
   several schemes are written without it: transformers refuses to load them, runtimes that unpack by themselves need not.
+- NVFP4, MXFP4 and MXFP8 in a model that is not in bfloat16: the library decodes them to bfloat16, whatever the model is in.
+  With several schemes, or quantized activations, transformers loads such a model, but its linears refuse to multiply.
 - The experts of a mixture. They are packed one by one and make a group of their own, found by the word experts in its
-  pattern. One symmetric scheme for weights alone must serve them all; other experts are refused before any file is written.
+  pattern. One symmetric scheme for weights alone, of whole numbers or MXFP4, must serve them all: NVFP4 is decoded without
+  its global scale, FP8 by group not at all. Other experts are refused before any file is written. MXFP4's multiply in
+  bfloat16, whatever the model is in.
 
+NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. The library divides by that where qtool multiplies:
+a weight on the border of two bfloat16 numbers may then become the other one, and the export is not called lossless.
+vLLM joins linears that share an input (q, k, v; gate, up) and takes the largest weight_global_scale for all of them. Methods
+that work row by row (gptq, rtn, hqq) give such linears of one scheme a common one; after others (yaqa) some of them come out
+too small there.
 Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
-For: transformers and vLLM, integer weights.
+For: transformers and vLLM, integer and floating weights.
 Costs: writing the file.
 """
 
@@ -26,9 +35,8 @@ from torch import Tensor, nn
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
-from qtool.formats.packing import pack_int32
+from qtool.formats.compressed_layouts import decode, has_plain_scales, layout_of, pack, weight_arguments
 from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import QuantizedTensor, to_groups
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
@@ -39,6 +47,7 @@ from qtool.registry import Method
 
 WHERE = "export/compressed_tensors"
 EXPERTS = r"re:.*\.experts\."  # target of the experts' group
+PACKED = ("pack-quantized", "mxfp4-pack-quantized")  # layouts whose experts transformers 5.23 decodes
 
 
 class CompressedTensorsOptions(Options):
@@ -62,8 +71,11 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
         found: dict[str, Tensor] = {}
         for index, part in enumerate(stored):
             rows = layer.qt.rows(index * n_out, (index + 1) * n_out)
-            tensors = pack(rows) if layer.activations is None else as_bytes(rows)
-            if "dequantize" in config or EXPERT.fullmatch(name):
+            try:
+                tensors = pack(rows, schemes[name])
+            except QtoolError as error:
+                raise QtoolError(f"{WHERE}: {part}: {error}") from error
+            if has_plain_scales(layer.scheme) and ("dequantize" in config or EXPERT.fullmatch(name)):
                 tensors["weight_scale"] = rows.scale.to(model.dtype)  # [out, groups]
             found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
         return found
@@ -87,8 +99,6 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
     if not schemes:
         raise QtoolError(f"{WHERE}: no linear is quantized; put a quantize step before it, or use export/safetensors")
     for name, scheme in schemes.items():
-        if scheme.weights.format != "int" or scheme.weights.scale_dtype.startswith("float8"):
-            raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds whole numbers; use export/safetensors")
         if scheme.weights.double_quant or scheme.weights.group_along != "out_channel":
             raise QtoolError(f"{WHERE}: {name}: {scheme}: this export holds plain scales along `in`; use export/safetensors")
         if scheme.weights.zero_dtype != "int":
@@ -96,15 +106,22 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
                 f"{WHERE}: {name}: {scheme}: zero points must be codes, as in w4a16g128-asym; quantize so, or use "
                 "export/safetensors"
             )
+        if layout_of(scheme) is None:
+            raise QtoolError(
+                f"{WHERE}: {name}: {scheme}: this export holds whole numbers and e4m3 with plain scales, nvfp4, mxfp4 and "
+                "mxfp8_e4m3; quantize so, or use export/safetensors"
+            )
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
     experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]
     found = {schemes.get(name) for name in experts}
-    if any(s is None or s.activations or not s.weights.symmetric for s in found) or len(found) > 1:
+    is_fit = {s is not None and layout_of(s) in PACKED and s.weights.symmetric and s.activations is None for s in found}
+    if len(found) > 1 or False in is_fit:
         words = ", ".join(sorted("left dense" if scheme is None else str(scheme) for scheme in found))
         raise QtoolError(
             f"{WHERE}: {experts[0].rsplit('.', 2)[0]}: experts are {words}; those of a model can be held where all share one "
-            "symmetric scheme for weights alone, such as w4a16g128: quantize them so, or use export/safetensors"
+            "symmetric scheme for weights alone, whole numbers such as w4a16g128 or mxfp4: quantize them so, or use "
+            "export/safetensors"
         )
 
 
@@ -114,7 +131,7 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     for name, scheme in schemes.items():
         if not EXPERT.fullmatch(name):
             targets.setdefault(scheme, []).append(name)
-    has_zeros = any(scheme.activations is None and not scheme.weights.symmetric for scheme in targets)
+    must_decode = any(decodes_while_loading(scheme, model.dtype) for scheme in targets)
     experts = {scheme for name, scheme in schemes.items() if EXPERT.fullmatch(name)}
     groups = [group_config(scheme, names) for scheme, names in targets.items()]
     groups += [group_config(scheme, [EXPERTS]) for scheme in experts]
@@ -128,23 +145,23 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": dense,
     }
-    return config | {"dequantize": True} if has_zeros and len(targets) == 1 else config
+    return config | {"dequantize": True} if must_decode and len(targets) == 1 else config
+
+
+def decodes_while_loading(scheme: Scheme, dtype: torch.dtype) -> bool:
+    """Whether transformers must decode these weights while it loads them into a model of `dtype`."""
+    if scheme.activations is not None:
+        return False  # it would leave them as they are
+    return not scheme.weights.symmetric or (dtype != torch.bfloat16 and not has_plain_scales(scheme.weights))
 
 
 def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """One config group: what the linears named in `targets` are stored as."""
-    weights, activations = scheme.weights, scheme.activations
+    activations = scheme.activations
     return {
-        "format": "pack-quantized" if activations is None else "int-quantized",
+        "format": layout_of(scheme),
         "targets": targets,
-        "weights": {
-            "num_bits": weights.bits,
-            "type": "int",
-            "symmetric": weights.symmetric,
-            "strategy": "channel" if weights.group is None else "group",
-            "group_size": weights.group,
-            "dynamic": False,
-        },
+        "weights": weight_arguments(scheme.weights),
         "input_activations": activations
         and {
             "num_bits": activations.bits,
@@ -155,38 +172,6 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         },
         "output_activations": None,
     }
-
-
-def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of one linear, pack-quantized."""
-    parts = {
-        "weight_packed": quantized.packed(),  # [out, words]
-        "weight_scale": quantized.scale,  # [out, groups]
-        "weight_shape": torch.tensor(quantized.shape),  # [2]
-    }
-    if quantized.zero is not None:
-        parts["weight_zero_point"] = pack_int32(quantized.zero.T, quantized.scheme.bits).T  # [words of out, groups]
-    return parts
-
-
-def as_bytes(quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of one linear, int-quantized: codes and zero points shifted to signed where they are not."""
-    shift = 0 if quantized.zero is None else 1 << (quantized.scheme.bits - 1)
-    parts = {
-        "weight": (quantized.codes.to(torch.int16) - shift).to(torch.int8),  # [out, in]
-        "weight_scale": quantized.scale,  # [out, groups]
-    }
-    if quantized.zero is not None:
-        parts["weight_zero_point"] = (quantized.zero.to(torch.int16) - shift).to(torch.int8)  # [out, groups]
-    return parts
-
-
-def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Weights [out, in] as the format's readers decode them: they hold scales, and multiply, in the model's dtype."""
-    grouped = to_groups(quantized.codes.to(torch.int16), quantized.scheme)  # [out, groups, group]
-    if quantized.zero is not None:
-        grouped = grouped - quantized.zero.unsqueeze(-1)
-    return (grouped.to(dtype) * quantized.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
 METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes)

@@ -48,11 +48,20 @@ def scheme_of(
     symmetric: bool,
     scale_dtype: torch.dtype,
     activations: dict[str, Any] | None = None,
+    format: str = "int",
 ) -> Scheme:
     """The scheme of the linear `name` as its checkpoint states it; raises QtoolError for one out of range."""
     try:
         return Scheme(
-            weights=WeightScheme(bits=bits, group=group, symmetric=symmetric, scale_dtype=SCALE_NAMES[scale_dtype]),
+            weights=WeightScheme.model_validate(
+                {
+                    "format": format,
+                    "bits": bits,
+                    "group": group,
+                    "symmetric": symmetric,
+                    "scale_dtype": SCALE_NAMES[scale_dtype],
+                }
+            ),
             activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
         )
     except ValueError as error:  # a number of bits, or a group, out of range

@@ -1,30 +1,24 @@
-"""Reads linears in compressed-tensors' integer layouts, so that exports are judged by their own bytes.
+"""Reads linears in compressed-tensors' layouts, so that exports are judged by their own bytes.
 
-pack-quantized, for weights alone:
-    NAME.weight_packed [out, words] int32    NAME.weight_scale [out, groups]    NAME.weight_shape [2] = (out, in)
-    NAME.weight_zero_point [words of out, groups] int32, packed along `out`, where asymmetric
-int-quantized, where activations are quantized too:
-    NAME.weight [out, in] int8               NAME.weight_scale [out, groups]
-    NAME.weight_zero_point [out, groups] int8, where asymmetric
-Codes are signed: asymmetric ones, and zero points, are shifted by -2^(bits - 1). Packing shifts all of them back.
+The layouts stand in qtool/formats/compressed_layouts.py. What is read: whole numbers by group or row, NVFP4, MXFP4, MXFP8, and
+FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); integer activations scaled per token.
 The linears of a mixture's experts stand one by one, gate and up apart, under the names of its dense checkpoints.
-Source: compressed-tensors 0.20, compressors/pack_quantized and compressors/naive_quantized.
+Source: compressed-tensors 0.20, quantization/quant_args.py and compressors.
 """
 
 import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.packing import n_words, unpack_int32
+from qtool.formats.compressed_layouts import PARTS, unpack
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.readers import scheme_of
 
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of scales that stand alone
 
 
 def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
@@ -46,7 +40,10 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
     scale = torch.cat([part.scale for part in parts])  # [out, groups]
     zeros = [part.zero for part in parts if part.zero is not None]
     zero = torch.cat(zeros) if zeros else None  # [out, groups]
-    return QuantizedTensor(codes, scale, zero, scheme.weights), scheme
+    of_tensor = parts[0].of_tensor
+    if any(part.of_tensor != of_tensor for part in parts):
+        raise QtoolError(f"model: {name}: gate and up of one expert have a weight_global_scale each, which qtool cannot hold")
+    return QuantizedTensor(codes, scale, zero, scheme.weights, of_tensor), scheme
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -69,37 +66,42 @@ def _read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> S
     if group is None:
         raise QtoolError(f"model: {name} is quantized, but no group in config.json's quantization_config names it")
     weights, activations = group["weights"], group.get("input_activations")
-    kind = f"{weights['type']} {weights['strategy']}"
-    if kind not in ("int group", "int channel") or weights.get("actorder") in ("group", "dynamic"):
-        raise QtoolError(f"model: {name}: {kind} weights cannot be read, int group or channel without reordering can")
+    format, scale_dtype = _number_format(weights, scale.dtype)
+    if format is None or weights.get("actorder") in ("group", "dynamic"):
+        words = str(scale.dtype).removeprefix("torch.")
+        raise QtoolError(
+            f"model: {name}: {weights['type']} {weights['strategy']} weights of {weights['num_bits']} bits with {words} scales "
+            "cannot be read; int group or channel without reordering, NVFP4, MXFP4, MXFP8 and FP8 can"
+        )
     if activations and (activations["type"], activations.get("strategy"), activations["dynamic"]) != ("int", "token", True):
         raise QtoolError(f"model: {name}: only int activations scaled per token at run time (dynamic) can be read")
     if group.get("output_activations"):
         raise QtoolError(f"model: {name}: quantized outputs (output_activations) cannot be read, quantized inputs can")
-    group_size = weights["group_size"] if weights["strategy"] == "group" else None
-    return scheme_of(name, weights["num_bits"], group_size, weights["symmetric"], scale.dtype, activations)
+    group_size = weights["group_size"] if "group" in weights["strategy"] else None
+    return scheme_of(name, weights["num_bits"], group_size, weights["symmetric"], scale_dtype, activations, format)
+
+
+def _number_format(weights: dict[str, Any], stored: torch.dtype) -> tuple[str | None, torch.dtype]:
+    """The format and the dtype of scales that a group's `weights` means; None as the format of what cannot be read."""
+    kind, size = f"{weights['type']} {weights['strategy']}", (weights["num_bits"], weights.get("group_size"))
+    if kind in ("int group", "int channel") and stored in PLAIN:
+        return "int", stored
+    if kind == "float tensor_group" and size == (4, 16) and stored == torch.float8_e4m3fn:
+        return "e2m1", stored
+    if kind == "float group" and size in ((4, 32), (8, 32)) and stored == torch.uint8:
+        return "e2m1" if weights["num_bits"] == 4 else "e4m3", torch.float8_e8m0fnu
+    if kind in ("float group", "float channel", "float tensor") and weights["num_bits"] == 8 and stored in PLAIN:
+        return "e4m3", stored
+    return None, stored
 
 
 def _read_weights(checkpoint: Checkpoint, name: str, scheme: WeightScheme) -> QuantizedTensor:
-    """One linear as it is stored, its codes and zero points shifted to the grid's."""
+    """One linear as it is stored."""
     found = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{name}.{part}" for part in PARTS], None)}
-    bits, low = scheme.bits, scheme.grid.low
-    zero = found.get("weight_zero_point")
-    if "weight_packed" in found:
-        rows, columns = found["weight_shape"].tolist()
-        codes = _unpack(name, found["weight_packed"], bits, columns) + low  # [out, in]
-        if zero is not None:
-            zero = _unpack(name, zero.T.contiguous(), bits, rows).T.contiguous()  # [out, groups]
-    elif "weight" in found and found["weight"].dtype == torch.int8:
-        shift = low + (1 << (bits - 1))
-        codes = found["weight"].to(torch.int16) + shift  # [out, in]
-        zero = None if zero is None else zero.to(torch.int16) + shift  # [out, groups]
-    else:
-        raise QtoolError(f"model: {name} has a scale but neither packed codes nor int8 codes of its own; qtool reads those")
-    if (zero is None) != scheme.symmetric:
-        raise QtoolError(f"model: {name}: zero points and the scheme's symmetry contradict each other; export again")
-    zero = None if zero is None else zero.to(torch.uint8)
-    return QuantizedTensor(codes.to(torch.int8 if scheme.symmetric else torch.uint8), found["weight_scale"], zero, scheme)
+    try:
+        return unpack(found, scheme)
+    except QtoolError as error:
+        raise QtoolError(f"model: {name}: {error}") from error
 
 
 def _group_of(name: str, groups: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -107,12 +109,3 @@ def _group_of(name: str, groups: dict[str, dict[str, Any]]) -> dict[str, Any] | 
     targets = {target: group for group in groups.values() for target in group["targets"]}
     patterns = [target for target in sorted(targets) if target.startswith("re:") and re.match(target[3:], name)]
     return next((targets[target] for target in (name, *patterns, "Linear") if target in targets), None)
-
-
-def _unpack(name: str, words: Tensor, bits: int, columns: int) -> Tensor:
-    if words.shape[1] != n_words(columns, bits):
-        raise QtoolError(
-            f"model: {name}: {words.shape[1]} words do not hold {columns} codes of {bits} bits without gaps; "
-            "compressed-tensors left gaps before June 2026: export again with a later one"
-        )
-    return unpack_int32(words, bits, columns)

@@ -90,6 +90,7 @@ def same_codes() -> Callable[[ModelHandle, ModelHandle], None]:
             assert torch.equal(found[name].scale.float(), expected.scale.float()), name
             assert (found[name].zero is None) == (expected.zero is None), name
             assert expected.zero is None or torch.equal(found[name].zero, expected.zero), name
+            assert found[name].of_tensor == expected.of_tensor, name
         words = [{name: str(scheme) for name, scheme in handle.schemes().items()} for handle in (read, model)]
         assert words[0] == words[1]
 

@@ -25,6 +25,8 @@ Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 Reload = Callable[[Path], torch.Tensor]
+SameCodes = Callable[[ModelHandle, ModelHandle], None]
+FLOATS = ["nvfp4", "mxfp4", "mxfp8_e4m3", "e4m3", "e4m3g32"]
 
 
 def export(model: ModelHandle, out: Path) -> Artifact:
@@ -52,6 +54,84 @@ def test_transformers_computes_the_same_from_packed_weights(
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     assert export(model, tmp_path / "out").lossless
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_transformers_computes_the_same_from_float_weights(
+    scheme: str,
+    dtype: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+    same_codes: SameCodes,
+) -> None:
+    model = quantized(tiny_model("llama", dtype=dtype), scheme)
+    is_lossless = export(model, tmp_path / "out").lossless
+    again, expected = ModelHandle(ModelOptions(path=str(tmp_path / "out"))), logits_of(model)
+    same_codes(again, model)
+    assert torch.equal(logits_of(again), expected)
+    assert is_lossless == (scheme != "nvfp4" or dtype == "bfloat16")  # the library rounds it to bfloat16
+    error = float((reload(tmp_path / "out") - expected).norm() / expected.norm())
+    assert error == 0 if is_lossless else error < 1e-2  # bfloat16 has eight bits
+    config = config_of(tmp_path / "out")
+    assert config.get("dequantize", False) == (dtype != "bfloat16" and not scheme.startswith("e4m3"))
+
+
+def test_formats_of_a_model_may_differ(
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+    same_codes: SameCodes,
+) -> None:
+    floats = {"q_proj": "nvfp4", "k_proj": "mxfp4", "v_proj": "e4m3", "o_proj": "mxfp8_e4m3", "gate_proj": "w4a16g32"}
+    model = quantized(tiny_model("llama", dtype="bfloat16"), floats | {"lm_head": "e4m3g32"})
+    assert export(model, tmp_path / "out").lossless
+    config = config_of(tmp_path / "out")
+    assert QuantizationConfig.model_validate(config).format == config["format"] == "mixed-precision"
+    of_first = {g["targets"][0].rsplit(".", 1)[-1]: g["format"] for g in config["config_groups"].values()}
+    assert of_first == {
+        "q_proj": "nvfp4-pack-quantized",
+        "k_proj": "mxfp4-pack-quantized",
+        "v_proj": "float-quantized",
+        "o_proj": "mxfp8-quantized",
+        "gate_proj": "pack-quantized",
+        "lm_head": "float-quantized",
+    }
+    assert torch.equal(reload(tmp_path / "out"), logits_of(model))
+    again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    same_codes(again, model)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_transformers_does_not_multiply_bfloat16_weights_among_several_schemes(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
+    model = quantized(tiny_model("llama"), {"q_proj": "w8a16", "mlp.*": "mxfp4"})
+    assert export(model, tmp_path / "out").lossless
+    with pytest.raises(RuntimeError, match="same dtype"):
+        reload(tmp_path / "out")
+    assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
+
+
+def test_the_config_says_which_activations_go_with_float_weights(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+) -> None:
+    model = quantized(tiny_model("llama"), {"weights": {"format": "e4m3"}, "activations": {"bits": 8}})
+    assert export(model, tmp_path / "out").lossless
+    group = config_of(tmp_path / "out")["config_groups"]["group_0"]
+    assert group["format"] == "float-quantized"
+    assert (group["weights"]["type"], group["weights"]["strategy"], group["weights"]["num_bits"]) == ("float", "channel", 8)
+    inputs = group["input_activations"]
+    assert (inputs["type"], inputs["strategy"], inputs["num_bits"], inputs["dynamic"]) == ("int", "token", 8, True)
+    expected, weights_alone = logits_of(model), quantized(tiny_model("llama", name="other"), "e4m3")
+    assert (reload(tmp_path / "out") - expected).norm() / expected.norm() < 1e-3  # as with integer weights below
+    assert (logits_of(weights_alone) - expected).norm() / expected.norm() > 1e-2
+    assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -112,7 +192,7 @@ def test_transformers_computes_the_same_with_quantized_activations(
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16g32", "w4a16g32-asym", "w3a16-asym", "w8a16g16-asym", "w8a8", "w8a8-asym", "w4a8g32-asym"]
+    "scheme", ["w4a16g32", "w4a16g32-asym", "w3a16-asym", "w8a16g16-asym", "w8a8", "w8a8-asym", "w4a8g32-asym", *FLOATS]
 )
 def test_the_library_decodes_the_weights_of_the_model_in_memory(
     scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
@@ -222,6 +302,28 @@ def test_transformers_loads_a_mixture_of_packed_experts(
         assert (reloaded - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("schemes", ["mxfp4", {"experts.*": "mxfp4", "self_attn.*": "nvfp4"}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_transformers_loads_a_mixture_of_mxfp4_experts(
+    family: str,
+    schemes: object,
+    tiny_mixture: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+    same_codes: SameCodes,
+) -> None:
+    model = quantized(tiny_mixture(family, dtype="bfloat16"), schemes)  # in another dtype experts multiply in bfloat16
+    assert export(model, tmp_path / "out").lossless
+    again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    same_codes(again, model)
+    assert torch.equal(logits_of(again), logits_of(model))
+    (tmp_path / "dense").mkdir()
+    safetensors(model, tmp_path / "dense", SafetensorsOptions())
+    assert torch.equal(reload(tmp_path / "out"), reload(tmp_path / "dense"))
+
+
 @pytest.mark.parametrize(
     ("family", "expert", "sides"),
     [
@@ -309,11 +411,21 @@ def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quant
             r"layers\.0\.mlp\.experts: experts are left dense; those .* can be held where",
         ),
         ("mixtral", {"experts.*": "w4a16g32-asym"}, r"experts are w4a16g32-asym; .*: quantize them so, or use export/safe"),
-        ("mixtral", "w8a8", r"experts are w8a8; .* one symmetric scheme for weights alone"),
+        ("mixtral", "w8a8", r"experts are w8a8; .* all share one symmetric scheme for weights alone"),
+        ("mixtral", "nvfp4", r"experts are nvfp4; .* whole numbers such as w4a16g128 or mxfp4"),
+        ("mixtral", "e4m3", r"experts are e4m3; .* whole numbers such as w4a16g128 or mxfp4"),
+        ("mixtral", "mxfp8_e4m3", r"experts are mxfp8_e4m3; .* whole numbers such as w4a16g128 or mxfp4"),
         ("mixtral", {"experts.down.*": "w8a16", "experts.*": "w4a16g32"}, r"experts are w4a16g32, w8a16; "),
         ("mixtral", {"experts.*.0": "w4a16g32"}, r"experts are left dense, w4a16g32; "),
         ("llama", "w4a16kv8g32", r"w4a16kv8g32: a cache cannot be held; leave kv8 out"),
         ("llama", "w4a16g32-asymf16", "w4a16g32-asymf16: zero points must be codes, as in w4a16g128-asym"),
+        ("llama", "nf4g32", "nf4g32: this export holds whole numbers and e4m3 with plain scales, nvfp4, mxfp4 and mxfp8_e4m3"),
+        ("llama", "mxfp6_e2m3", "mxfp6_e2m3: this export holds .*; quantize so, or use export/safetensors"),
+        ("llama", "mxfp8_e5m2", "mxfp8_e5m2: this export holds"),
+        ("llama", "mxint8", "mxint8: this export holds"),
+        ("llama", "e2m1g32", "e2m1g32: this export holds"),
+        ("llama", {"weights": {"format": "e2m1", "group": 32, "scale_dtype": "float8_e4m3fn"}}, "e2m1g32: this export holds"),
+        ("llama", "w4a16g32-dq", "w4a16g32-dq: this export holds plain scales along `in`"),
         ("llama", {}, "no linear is quantized; put a quantize step before it"),
     ],
 )

@@ -9,7 +9,13 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationStatus,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -81,6 +87,80 @@ def test_it_reads_what_the_library_wrote(
     assert "lm_head" not in model.schemes()
 
 
+def floats_by_the_library(folder: Path, out: Path, groups: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Round a checkpoint's linears with compressed-tensors' own scales and save them; the weights [out, in] that it decodes."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = QuantizationConfig.model_validate({"config_groups": groups, "ignore": ["lm_head"]})
+    apply_quantization_config(model, config, show_progress=False)
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        weights, w = scheme.weights, module.weight.detach()
+        grouped = w.unflatten(-1, (-1, weights.group_size)) if weights.group_size else w.unsqueeze(1)
+        low, high = grouped.amin(-1), grouped.amax(-1)  # [out, groups]
+        if weights.strategy == "tensor":
+            low, high = low.amin().reshape(1), high.amax().reshape(1)
+        shared = generate_gparam(w.amin().reshape(1), w.amax().reshape(1)) if weights.strategy == "tensor_group" else None
+        if shared is not None:
+            module.weight_global_scale.data = shared
+        scale, _ = calculate_qparams(low, high, weights, global_scale=shared)
+        module.weight_scale.data = scale.to(module.weight_scale.dtype)
+        module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(out)
+    compressor.update_config(out)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (out / file).write_bytes((folder / file).read_bytes())
+    compressor.decompress_model(model)
+    return {name: m.weight.detach() for name, m in model.named_modules() if hasattr(m, "quantization_scheme")}
+
+
+def preset(name: str, *targets: str) -> dict[str, Any]:
+    return preset_name_to_scheme(name, list(targets)).model_dump()
+
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+FLOATS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "nvfp4": ({"g": preset("NVFP4A16", "Linear")}, {"_proj": "nvfp4"}),
+    "mxfp4": ({"g": preset("MXFP4A16", "Linear")}, {"_proj": "mxfp4"}),
+    "mxfp8": ({"g": preset("MXFP8A16", "Linear")}, {"_proj": "mxfp8_e4m3"}),
+    "fp8 by row": ({"g": {"targets": ["Linear"], "weights": FP8 | {"strategy": "channel"}}}, {"_proj": "e4m3"}),
+    "fp8 by tensor": ({"g": {"targets": ["Linear"], "weights": FP8 | {"strategy": "tensor"}}}, {"_proj": "e4m3"}),
+    "fp8 by group": ({"g": {"targets": ["Linear"], "weights": FP8 | {"group_size": 32}}}, {"_proj": "e4m3g32"}),
+    "mixed": (
+        {
+            "a": preset("NVFP4A16", "re:.*self_attn.*"),
+            "b": preset("MXFP4A16", "re:.*(gate|up)_proj"),
+            "c": {"targets": ["re:.*down_proj"], "weights": FP8 | {"strategy": "channel"}},
+        },
+        {"down_proj": "e4m3", "gate_proj": "mxfp4", "up_proj": "mxfp4", "_proj": "nvfp4"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_it_reads_floats_that_the_library_wrote(kind: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    groups, schemes = FLOATS[kind]
+    decoded = floats_by_the_library(tiny_model("llama", dtype="bfloat16"), tmp_path / "out", groups)
+    model = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+    assert model.schemes().keys() == decoded.keys()
+    for name, scheme in model.schemes().items():
+        assert str(scheme) == next(word for ending, word in schemes.items() if name.endswith(ending)), name
+    for block in model.blocks():
+        for name, layer in block.linears().items():
+            assert isinstance(layer, QuantLinear)
+            assert torch.equal(weight_of(layer).to(torch.bfloat16), decoded[name]), name
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4", "MXFP8", "FP8_DYNAMIC", "FP8"])
+def test_float_activations_are_refused(name: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    floats_by_the_library(tiny_model("llama", dtype="bfloat16"), tmp_path / "out", {"g": preset(name, "Linear")})
+    with pytest.raises(QtoolError, match="q_proj: only int activations scaled per token at run time"):
+        ModelHandle(ModelOptions(path=str(tmp_path / "out"))).block(0)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 200])
 def test_words_are_packed_as_the_library_packs_them(bits: int, columns: int) -> None:
@@ -110,11 +190,23 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Mod
     [
         (lambda c: c.update(quant_method="quip"), "quantization by quip cannot be read; .*compressed-tensors.* can"),
         (lambda c: c["config_groups"]["group_0"].update(targets=["other"]), "q_proj is quantized, but no group"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(type="float"), "float group weights cannot be read"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), "int block weights cannot"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(type="float"), "float group weights of 4 bits .* cannot"),
+        (
+            lambda c: c["config_groups"]["group_0"].update(preset("MXFP6A16", "Linear")),
+            "float group weights of 6 bits",
+        ),
+        (
+            lambda c: c["config_groups"]["group_0"].update(preset("FP8_BLOCK", "Linear")),
+            "float block weights of 8 bits",
+        ),
+        (
+            lambda c: c["config_groups"]["group_0"].update(preset("NVFP4A16", "Linear")),
+            "float tensor_group weights of 4",
+        ),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), "int block weights of 4 bits .* cannot"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "contradict each other"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "8 words do not hold 64 codes of 3"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="dynamic"), "int group weights cannot be read"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="dynamic"), "int group .* without reordering"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=1), "scheme cannot be read: .* one bit"),
         (lambda c: c["config_groups"]["group_0"].update(weights=None), "group_0 quantizes no weights"),
         (lambda c: c["config_groups"].update(W4A16=["Linear"]), "W4A16 quantizes no weights"),
@@ -161,7 +253,7 @@ def test_weights_that_are_only_rounded_are_no_codes(packed: Path) -> None:
     tensors[f"{name}.weight"] = torch.zeros(tensors.pop(f"{name}.weight_shape").tolist())
     del tensors[f"{name}.weight_packed"]
     save_file(tensors, packed / "model.safetensors")
-    with pytest.raises(QtoolError, match=f"{name} has a scale but neither packed codes nor int8 codes"):
+    with pytest.raises(QtoolError, match=f"{name}: it has a scale but neither packed codes nor int8 codes"):
         ModelHandle(ModelOptions(path=str(packed))).block(0)
 
 
