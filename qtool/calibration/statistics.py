@@ -2,7 +2,7 @@
 
     H = mean over tokens of x xᵀ  [in, in]     amax_j = max |x_j|     mean_abs_j = mean |x_j|     x [tokens, in]
     D = mean over tokens of (x° - x) xᵀ  [in, in], the drift from x°, what the original model has in x's place
-    Hₒ = mean over tokens of g gᵀ  [out, out], g the gradient of log p(y) by the linear's output, see calibration/curvature.py
+    Hₒ = mean over tokens of g gᵀ  [out, out], g the gradient of log p(y) by the linear's output, see pipeline/curvature.py
 All in float32; x is seen once and forgotten, except where a method needs the inputs themselves.
 H is symmetric: of each strip of columns only the part on and below the diagonal is summed, the rest is its mirror image.
 Why not the bfloat16 units of a CPU, twice as fast: they round each product's sum to bfloat16, and from few tokens H, which

@@ -14,36 +14,34 @@ from qtool.linalg.divergence import log_likelihood_of_draws
 from qtool.model.handle import Block, ModelHandle
 from qtool.progress import Progress
 
-# (output, x, gradient by the output, None where that is the log-likelihood itself) -> gradient by x [batch, length, hidden]
+# (output, x, gradient by the output, None where that is the log-likelihood itself) -> gradient by x [1, length, hidden]
 Take = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def go_back(
     model: ModelHandle,
     hidden: list[Tensor],
-    batch: int,
     seed: int,
     watch: Callable[[Block], AbstractContextManager[Take]],
     progress: Progress,
 ) -> None:
-    """Take every block, last first, and before them what stands outside, `batch` windows at a time.
+    """Take every block, last first, and before them what stands outside, one window at a time: its logits are the largest.
 
     hidden: what each block is fed [samples, length, hidden], and what the last one gives; emptied on the way. `watch` is
     entered once for each block, with the outside as a block that has no name.
     """
-    upstream: list[Tensor] = []  # gradient after the block in hand, of every batch [batch, length, hidden]
+    upstream: list[Tensor] = []  # gradient after the block in hand, of every window [1, length, hidden]
     random = torch.Generator().manual_seed(seed)
     with model.outer(), watch(Block(model, -1, model.model, "")) as take:
-        for windows in hidden.pop().split(batch):
-            x = windows.to(model.device).requires_grad_()
-            logits = model.logits(x)  # [batch, length, vocab]
-            upstream.append(take(log_likelihood_of_draws(logits.flatten(0, 1), random), x, None))
+        for window in hidden.pop().split(1):
+            x = window.to(model.device).requires_grad_()
+            upstream.append(take(log_likelihood_of_draws(model.logits(x)[0], random), x, None))
     progress.advance("output")
     for index in reversed(range(model.n_blocks)):
         block = model.block(index)
         with watch(block) as take:
-            for place, windows in enumerate(hidden.pop().split(batch)):
-                x = windows.to(model.device).requires_grad_()
+            for place, window in enumerate(hidden.pop().split(1)):
+                x = window.to(model.device).requires_grad_()
                 upstream[place] = take(block.call(x), x, upstream[place])
         model.release(index)
         progress.advance(block.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qtool.model.handle import BATCH, Block, ModelHandle
+from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of
 from qtool.model.store import load_changes, save_changes
 from qtool.options import Curvature
@@ -40,7 +40,7 @@ def gather_curvature(
     hidden = [model.embed(tokens[:n_windows])]  # [samples, length, hidden] before each block, at last after all
     for block in model.blocks():
         hidden.append(block.forward(hidden[-1]))
-    go_back(model, hidden, BATCH, seed, partial(watch, options=options, folder=folder), progress)
+    go_back(model, hidden, seed, partial(watch, options=options, folder=folder), progress)
 
 
 @contextlib.contextmanager

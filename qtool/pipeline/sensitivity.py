@@ -205,7 +205,7 @@ def predict(
         yield gradients.take
         losses.update(gradients.losses(n_tokens))
 
-    go_back(model, [*inputs, hidden[:n]], 1, seed, watch, progress)
+    go_back(model, [*inputs, hidden[:n]], seed, watch, progress)
     return losses
 
 

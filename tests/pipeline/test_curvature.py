@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtool.linalg.divergence import log_likelihood_of_draws
 from qtool.methods.quantize.yaqa import YaqaOptions
-from qtool.model.handle import BATCH, ModelHandle
+from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import RunFolder, StepFolder
@@ -38,7 +38,7 @@ def of_the_whole_model(model: ModelHandle, tokens: Tensor, names: set[str], seed
         hooks = [whole.get_submodule(name).register_forward_hook(follow(name)) for name in names]
         embedding = whole.get_input_embeddings()
         hooks.append(embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_()))
-        for rows in tokens.split(BATCH):
+        for rows in tokens.split(1):
             log_likelihood_of_draws(whole(rows, use_cache=False).logits.flatten(0, 1), random).backward()
         for hook in hooks:
             hook.remove()

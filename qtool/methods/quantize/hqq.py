@@ -13,8 +13,8 @@ blocks at w4g64-asymf16; the range holds 0. Only float zero points (-asymf16) ca
 or there is none, as in a table, the scale alone is found: scale = <level, W - E> / <level, level>, the same least squares,
 `level` being W^ in units of the scale.
 Why not zero points rounded to codes at the end: on the demo model's validation text they are as good as none. Its KL there, in
-groups of 64, rounded and by HQQ: w4 -asymf16 0.037, 0.032; -asym 0.045, 0.038; symmetric 0.053, 0.042; w3 0.159, 0.159; 0.228,
-0.179; 0.303, 0.180. Float zero points cost 0.19 bits per weight; in powers of two, as in mxfp4, nothing is left to find.
+groups of 64, rounded and by HQQ of 20 steps: w4 -asym 0.045, 0.038; symmetric 0.053, 0.042; w3 0.228, 0.179; 0.303, 0.180.
+Float zero points cost 0.19 bits per weight; in powers of two, as in mxfp4, nothing is left to find.
 For: no calibration text; best with float16 zero points at four bits and below.
 Costs: seconds, no calibration.
 """

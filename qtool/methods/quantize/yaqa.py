@@ -14,7 +14,7 @@ whole, w_c - q_c, is left; so the walk over columns stays GPTQ's, and what is ne
 Why output_damp is larger: Hₒ is known from fewer independent tokens than H. On the demo model's validation text at w3a16g128,
 KL after 2048 tokens is 0.066 with output_damp 0.01, 0.053 with 0.3, 0.057 with GPTQ; after 8192 0.034, 0.033, 0.041; after
 65536 0.0209, 0.0207, 0.0267 (alpha 0.25). With alpha 0 it is 0.0219 there, from 0.25 to 1 0.020 to 0.021; at two bits
-0.133, 0.135 and 0.144 with 0.25, 0.5 and 1. Columns of rows in the order they stand cost 3 %.
+0.133, 0.135 and 0.144 with 0.25, 0.5 and 1. Rows in the order they stand cost 3 %.
 Why no Hₒ for the output head: it is the vocabulary's size squared; the head is rounded by its inputs alone.
 For: the lowest KL before any training; where a pass of gradients through the original can be afforded.
 Costs: GPTQ's; that pass; on disk, until the step ends, a float32 matrix of each linear's outputs squared.
