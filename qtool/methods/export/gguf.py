@@ -67,17 +67,16 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
     metadata, tensors = contents(model, kinds, options)
     is_lossless = True
 
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
         kind, W = kinds[f"{name}.weight"], layer.weight_values(torch.float32)  # [out, in]
         data = bytes_of(name, W, kind, layer)
-        is_lossless &= decodes_to(data, kind, W)
-        return {f"{name}.weight": data}
+        return {f"{name}.weight": data}, decodes_to(data, kind, W)
 
     with write_gguf(out / GGUF, metadata, tensors) as write:
         if (factors := rope_factors(model)) is not None:
             write("rope_freqs.weight", factors.view(torch.uint8))
-        for unit in unit_tensors(model, encode, fuses_experts=False):
+        for unit, is_exact in unit_tensors(model, encode, fuses_experts=False):
+            is_lossless &= is_exact
             while unit:  # so that nothing is left of a block when the next is loaded
                 name, tensor = unit.popitem()
                 stored, data = named(family, name), tensor

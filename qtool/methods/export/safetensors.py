@@ -26,8 +26,7 @@ class SafetensorsOptions(Options):
 def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
     """Write the model into `out`; raises QtoolError where more than weights is quantized."""
     check_schemes(model, model.schemes(), options)
-    write_checkpoint(model, out)
-    return describe_folder("safetensors", out, lossless=not model.additions())
+    return describe_folder("safetensors", out, lossless=write_checkpoint(model, out))
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> None:
