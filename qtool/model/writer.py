@@ -157,16 +157,26 @@ def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Ite
 
 def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None) -> None:
     """Copy what stands beside the weights: tokenizer, chat template, config.json with this dtype and quantization_config."""
-    for path in sorted(model.folder.iterdir()):
-        if path.suffix in COPIED and path.name not in REWRITTEN and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
+    for path in copied_files(model):
+        shutil.copyfile(path, out / path.name)
+    write_text(out / "config.json", settings_of(model, quantization))
+
+
+def copied_files(model: ModelHandle) -> list[Path]:
+    """What stands beside the model's weights and goes into every export as it is."""
+    files = [path for path in sorted(model.folder.iterdir()) if path.suffix in COPIED and path.name not in REWRITTEN]
+    return [path for path in files if not path.name.endswith(".index.json")]
+
+
+def settings_of(model: ModelHandle, quantization: dict[str, Any] | None = None) -> str:
+    """config.json's text with this dtype and quantization_config."""
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if quantization is not None:
         config["quantization_config"] = quantization
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _tensors(

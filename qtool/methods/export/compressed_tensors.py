@@ -41,6 +41,7 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
+from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Encode, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
@@ -85,6 +86,12 @@ def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -
         return found, is_exact
 
     return encode
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> int:
+    """Bytes of the folder, before any work."""
+    config = quantization_config(model, schemes)
+    return checkpoint_size(model, schemes, encoder(model, schemes, "dequantize" in config), config)
 
 
 def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
@@ -177,4 +184,6 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(
+    run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes, size=size
+)

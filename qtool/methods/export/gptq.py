@@ -31,6 +31,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, fused_units, head_name
+from qtool.model.sizes import checkpoint_size
 from qtool.model.store import write_text
 from qtool.model.writer import Encode, packed_by, write_checkpoint
 from qtool.options import Options
@@ -75,6 +76,13 @@ def encoder(model: ModelHandle, layout: str) -> Encode:
         return parts, replace(qt, scale=parts["scales"].T).dequantize()
 
     return packed_by(pack, WHERE, model.dtype)
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: GptqOptions) -> int:
+    """Bytes of the folder, before any work."""
+    layout = layout_of(schemes, options)
+    config = quantization_config(model, schemes, layout)
+    return checkpoint_size(model, schemes, encoder(model, layout), config) + len(json.dumps(config, indent=2))
 
 
 def check_model(model: ModelHandle, options: GptqOptions) -> None:
@@ -126,4 +134,4 @@ def pattern_of(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes, size=size)

@@ -26,6 +26,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
+from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Describe, Encode, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
@@ -76,6 +77,12 @@ def describer(model: ModelHandle, scheme: Scheme) -> Describe:
         return found | {"tensor_names": json.dumps(names)}
 
     return describe
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> int:
+    """Bytes of the folder, before any work."""
+    describe = describer(model, next(iter(schemes.values())))
+    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes), describe)
 
 
 def check_model(model: ModelHandle, options: TorchaoOptions) -> None:
@@ -160,5 +167,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    size=size,
     schemes=("w8a16", "w8a16g32", "w8a8"),
 )
