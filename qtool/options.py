@@ -88,6 +88,13 @@ class Sequential(Options):
     )
 
 
+class BlockTuning(Options):
+    """Options of a method that learns by the output of each block."""
+
+    steps: int = Field(200, ge=0, description="updates per block")
+    batch: int = Field(8, ge=1, description="windows in one update")
+
+
 class Curvature(Selection):
     """Options of a method that reads what changes of a linear's output cost the predictions."""
 

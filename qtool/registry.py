@@ -51,6 +51,7 @@ class Method:
     size: Callable[..., int] | None = None  # an export: (model, {linear: scheme}, options) -> bytes of the folder it will write
     schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
+    operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
     adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
     key: str = ""
 

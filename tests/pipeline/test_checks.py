@@ -8,7 +8,7 @@ import yaml
 
 from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
-from qtool.pipeline.plan import planned_schemes
+from qtool.pipeline.checks import planned_schemes
 from qtool.pipeline.run import run_recipe
 from qtool.progress import Silent
 from qtool.recipe import Recipe, load
