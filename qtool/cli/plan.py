@@ -38,7 +38,7 @@ def in_numbers(made: "Plan") -> dict[str, object]:
             "key": export.key,
             "bytes": export.bytes,
             "runtimes": [
-                {"runtime": one.runtime, "version": one.version, "evidence": one.evidence, "serves": why is None, "reason": why}
+                {"runtime": str(one), "evidence": one.evidence, "source": one.source, "serves": why is None, "reason": why}
                 for one, why in export.runtimes
             ],
         }
@@ -76,7 +76,7 @@ def print_export(export: "PlannedExport", console: Console) -> None:
     for one, why in export.runtimes:
         ran = "run here" if one.evidence == "run" else "by its documents"
         said = f"[green]serves it[/green], {ran}" if why is None else f"[yellow]does not[/yellow]: {escape(why)}"
-        console.print(f"  {one.runtime} {one.version}  {said}", soft_wrap=True)
+        console.print(f"  {one}  {said}", soft_wrap=True)
 
 
 def size(n_bytes: float) -> str:

@@ -18,6 +18,7 @@ from qtool.model.writer import SHARD_BYTES, Describe, Encode, copied_files, sett
 
 FLAT = 512  # rows that no packing and no double quantization leaves a remainder of
 ENTRY = 90  # bytes that the header of a safetensors file spends on a tensor beside its name
+CARD = 4096  # bytes that the model card may take
 LINE = 85  # bytes that the manifest, or the index of shards, spends on a file or a tensor
 
 
@@ -69,4 +70,4 @@ def settings_size(model: ModelHandle, quantization: dict[str, Any] | None = None
     """Bytes of what stands beside the weights, the manifest among it."""
     files = copied_files(model)
     listed = sum(len(path.name) + LINE for path in files)
-    return sum(path.stat().st_size for path in files) + len(settings_of(model, quantization)) + listed + 2 * LINE
+    return sum(path.stat().st_size for path in files) + len(settings_of(model, quantization)) + listed + 2 * LINE + CARD

@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
+LICENCES = ("license", "licence", "notice", "copying", "use_policy")  # files that go along whatever they end in
 REWRITTEN = {"config.json", "quantize_config.json", "quant_config.json"}  # what they say of quantized weights may end here
 
 Encode = Callable[[str, QuantLinear], tuple[dict[str, Tensor], bool]]
@@ -164,7 +165,8 @@ def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] |
 
 def copied_files(model: ModelHandle) -> list[Path]:
     """What stands beside the model's weights and goes into every export as it is."""
-    files = [path for path in sorted(model.folder.iterdir()) if path.suffix in COPIED and path.name not in REWRITTEN]
+    files = [path for path in sorted(model.folder.iterdir()) if path.is_file() and path.name not in REWRITTEN]
+    files = [path for path in files if path.suffix in COPIED or path.stem.lower() in LICENCES]
     return [path for path in files if not path.name.endswith(".index.json")]
 
 

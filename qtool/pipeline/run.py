@@ -33,6 +33,7 @@ from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
+from qtool.report.card import write_card
 from qtool.report.html import write_report
 from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, versions
 
@@ -192,6 +193,8 @@ class Run:
             "fallbacks": self.fallbacks,
             "versions": versions(),
         }
+        for row in self.exports:
+            write_card(self.folder.path / row["path"], self.recipe, self.original.folder, results, row)
         write_text(self.folder.path / "results.json", json.dumps(results, indent=1) + "\n")
         write_report(self.folder.path / "report.html", results, self.recipe.to_yaml())
         self.folder.event("finished", status=results["status"])
@@ -257,6 +260,12 @@ def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Art
     check_step(step, model)
     progress.stage(key, 1)
     artifact = write_export(model, step, out or run / "exports" / key.removeprefix("export/"))
+    original = ModelHandle(recipe.model)
+    if (run / "results.json").is_file():
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    else:  # the run has not come to its end: nothing is measured yet
+        results = {"metrics": [], "model": describe_model(original, model), "versions": versions()}
+    write_card(artifact.path, recipe, original.folder, results, export_row(artifact, str(artifact.path)))
     progress.advance(str(artifact.path))
     return artifact
 
