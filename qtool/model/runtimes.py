@@ -182,7 +182,7 @@ def _refused_linear(entry: Serving, model: ModelHandle, schemes: dict[str, Schem
         asked = [(served, served.misfits(scheme, shape, dtype, is_expert)) for served in entry.schemes]
         fitting = [served for served, misfits in asked if not misfits]
         if not fitting:
-            nearest = min((misfits for _, misfits in asked), key=len)
+            _, nearest = min(asked, key=lambda row: (row[0].format != scheme.weights.format, len(row[1])))
             return f"{name}: {scheme}: {nearest[0]}; quantize so, or use another export"
         if is_mixed and not is_expert and all(served.alone for served in fitting):
             return f"{name}: {scheme}: all quantized linears must have this scheme, or none; give them one"

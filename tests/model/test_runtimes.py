@@ -176,8 +176,8 @@ def test_asymmetric_inputs_are_served_where_the_table_says_so(llama: ModelHandle
     assert "its input's zero points are not served; make activations symmetric" in str(refused["sglang"])
 
 
-def test_the_nearest_row_gives_the_reason(llama: ModelHandle) -> None:
-    rows = ({"format": "int", "bits": (4,), "groups": (32,)}, {"format": "e4m3", "bits": (8,), "groups": (0,)})
+def test_the_nearest_row_of_the_same_format_gives_the_reason(llama: ModelHandle) -> None:
+    rows = ({"format": "int", "bits": (4, 8), "groups": (32, 64)}, {"format": "e4m3", "bits": (8,), "groups": (0,)})
     assert refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3")) is None
     refusal = refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3g64"))
     assert refusal is not None and "layers.0.mlp.down_proj: e4m3g64: its groups are of 64, must be of a whole row" in refusal
