@@ -58,10 +58,10 @@ class Form:
     def n_groups(self) -> int:
         return self.shape[1] // (self.group or self.shape[1])
 
-    @property
-    def kind(self) -> str:
-        """ONNX's type of the codes in qdq."""
-        return f"{'INT' if self.symmetric else 'UINT'}{self.bits}"
+    def kinds(self) -> dict[str, str]:
+        """ONNX's type of each part."""
+        kind = "UINT8" if self.is_nbits else f"{'INT' if self.symmetric else 'UINT'}{self.bits}"
+        return {CODES: kind, SCALES: "FLOAT", ZEROS: kind}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each part."""
@@ -90,25 +90,24 @@ def pack(quantized: QuantizedTensor, layout: Layout) -> dict[str, Part]:
         parts = {CODES: _pack_bits(codes.int() - low, form.bits), SCALES: scale}
         if zero is not None:
             parts[ZEROS] = _pack_bits(zero.int(), form.bits)
-        kinds = {CODES: "UINT8", SCALES: "FLOAT", ZEROS: "UINT8"}
     else:
         parts = {CODES: _pack_whole(codes.T, form.bits), SCALES: scale.T}
         if zero is not None:
             parts[ZEROS] = _pack_whole(zero.T, form.bits)
-        kinds = {CODES: form.kind, SCALES: "FLOAT", ZEROS: form.kind}
-    return {name: Part(kinds[name], shape, parts[name].contiguous()) for name, shape in form.shapes().items()}
+    return {name: Part(form.kinds()[name], shape, parts[name].contiguous()) for name, shape in form.shapes().items()}
 
 
 def unpack(parts: dict[str, Part], form: Form, scheme: WeightScheme) -> QuantizedTensor:
     """What `pack` was given, its scales in float32; raises QtoolError where the parts are not those of the form."""
     for name, shape in form.shapes().items():
-        if name not in parts or parts[name].shape != shape:
-            found = list(parts[name].shape) if name in parts else "missing"
-            raise QtoolError(f"{name} is {found}, must be {list(shape)} for {scheme}; export it again")
+        kind = form.kinds()[name]
+        if name not in parts or (parts[name].kind, parts[name].shape) != (kind, shape):
+            found = f"{parts[name].kind} {list(parts[name].shape)}" if name in parts else "missing"
+            raise QtoolError(f"{name} is {found}, must be {kind} {list(shape)} for {scheme}; export it again")
     (n_out, n_in), groups, zero = form.shape, form.n_groups, None
     if form.is_nbits:
         codes = _unpack_bits(parts[CODES].data.reshape(n_out, -1), form.bits) + scheme.grid.low  # [out, in]
-        scale = parts[SCALES].data.reshape(n_out, groups)
+        scale = _float32(parts[SCALES]).view(n_out, groups)
         if not form.symmetric:
             zero = _unpack_bits(parts[ZEROS].data.reshape(n_out, -1), form.bits)[:, :groups]  # [out, groups]
     else:
@@ -117,10 +116,14 @@ def unpack(parts: dict[str, Part], form: Form, scheme: WeightScheme) -> Quantize
             codes = (codes - scheme.grid.low) % scheme.grid.n_levels + scheme.grid.low  # the sign of b bits
         else:
             zero = _unpack_whole(parts[ZEROS].data, form.bits, groups * n_out).view(groups, n_out).T  # [out, groups]
-        scale = parts[SCALES].data.reshape(groups, n_out).T
+        scale = _float32(parts[SCALES]).view(groups, n_out).T
     dtype = torch.int8 if form.symmetric else torch.uint8
     zero = None if zero is None else zero.to(torch.uint8).contiguous()
     return QuantizedTensor(codes.to(dtype).contiguous(), scale.contiguous(), zero, scheme)
+
+
+def _float32(part: Part) -> Tensor:
+    return part.data.reshape(-1).view(torch.float32)
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -197,9 +197,7 @@ class OnnxFile:
 def read_linear_parts(folder: Path, name: str) -> dict[str, Part]:
     """The parts of a quantized linear; raises QtoolError where the data file ends before they do."""
     places = read_header(folder).places
-    found = {part: read_part(folder, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in places}
-    scales = found[SCALES]
-    return found | {SCALES: Part(scales.kind, scales.shape, scales.data.view(torch.float32))}
+    return {part: read_part(folder, f"{name}.{part}") for part in PARTS if f"{name}.{part}" in places}
 
 
 def read_part(folder: Path, name: str) -> Part:
