@@ -33,7 +33,6 @@ HIDDEN = float(torch.finfo(torch.float32).min)  # added to the score of what is 
 PAST, TOTAL = "past_sequence_length", "past_sequence_length + sequence_length"
 FLOAT, BOOL = 1, 9  # ONNX's numbers of these types
 EMBEDDING = "model.embed_tokens.weight"
-IN_FLOAT32 = 1  # MatMulNBits' accuracy_level: inputs stay float32, and so do sums; 4 would round inputs to eight bits
 
 
 def check_family(model: ModelHandle) -> None:
@@ -54,9 +53,12 @@ def check_family(model: ModelHandle) -> None:
         raise QtoolError(f"{min(strange)}: models of {kind} have no such tensor, or lack it here; use export/safetensors")
 
 
-def build_graph(model: ModelHandle, forms: dict[str, Form]) -> Graph:
-    """The graph of the model; forms: how the quantized linears' weights are held, by their full names."""
-    return Decoder(model, forms).build()
+def build_graph(model: ModelHandle, forms: dict[str, Form], accuracy_level: int = 1) -> Graph:
+    """The graph of the model; forms: how the quantized linears' weights are held, by their full names.
+
+    accuracy_level is MatMulNBits': 1, inputs and sums in float32; 4, inputs rounded to eight bits.
+    """
+    return Decoder(model, forms, accuracy_level).build()
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Shared:
 class Decoder:
     """Builds the nodes of one model; methods that add nodes return the name of the last one's output."""
 
-    def __init__(self, model: ModelHandle, forms: dict[str, Form]) -> None:
+    def __init__(self, model: ModelHandle, forms: dict[str, Form], accuracy_level: int) -> None:
         config = model.config
+        self.accuracy_level = accuracy_level
         self.model, self.forms, self.stored = model, forms, model.stored_names()
         self.eps = float(config.rms_norm_eps)
         self.n_heads = int(config.num_attention_heads)
@@ -214,7 +217,7 @@ class Decoder:
         return self.add("Transpose", (y,), f"{name}_by_head", {"perm": [0, 2, 1, 3]})
 
     def norm(self, name: str, x: str) -> str:
-        square = self.add("Mul", (x, x), f"{name}/square")
+        square = self.add("Pow", (x, self.real(2.0)), f"{name}/square")
         mean = self.add("ReduceMean", (square, self.whole(-1)), f"{name}/mean", {"keepdims": 1})
         root = self.add("Sqrt", (self.add("Add", (mean, self.real(self.eps)), f"{name}/mean_eps"),), f"{name}/root")
         unit = self.add("Div", (x, root), f"{name}/unit")
@@ -247,7 +250,7 @@ class Decoder:
         if form.is_nbits:
             n_out, n_in = form.shape
             attributes: dict[str, Attribute] = {"K": n_in, "N": n_out, "bits": form.bits, "block_size": form.group or n_in}
-            return self.add("MatMulNBits", (x, *parts), output, attributes | {"accuracy_level": IN_FLOAT32})
+            return self.add("MatMulNBits", (x, *parts), output, attributes | {"accuracy_level": self.accuracy_level})
         attributes = {"axis": 1} if form.group is None else {"axis": 0, "block_size": form.group}
         weight = self.add("DequantizeLinear", parts, f"{name}.weight_decoded", attributes)  # [in, out]
         return self.add("MatMul", (x, weight), output)

@@ -2,12 +2,14 @@
 
 model.onnx is the graph, model.onnx.data holds its tensors; beside them stand config.json and the tokenizer's files. Inputs and
 outputs have the names that optimum and transformers.js know (see qtool/model/onnx_graph.py; layouts: formats/onnx_layouts.py).
-    w2, w4, w8 in groups of 16 to 256    matmul_nbits: MatMulNBits, onnxruntime's own operator; inputs stay float32
+    w2, w4, w8 in groups of 16 to 256    matmul_nbits: MatMulNBits, onnxruntime's own operator
                                          qdq: DequantizeLinear and MatMul, ONNX's own
     w2, w4, w8 with a scale for a row    qdq in either layout
-onnxruntime turns qdq into MatMulNBits too when it loads, but by default rounds inputs to 8 bits then, which moves a linear's
-outputs by half a percent; its session option session.qdq_matmulnbits_accuracy_level = 1 leaves them as they are. w2 in qdq
-asks for opset 25 (INT2), all else for opset 21.
+MatMulNBits' accuracy_level is 1, inputs and sums in float32, unless 4 is asked for: inputs rounded to 8 bits, which moves a
+linear's outputs by half a percent, and which no measurement of qtool's sees. w4 is about as fast with 1; w2 and w8 take ten
+times as long for a token with 1, as onnxruntime 1.31 has no kernel for them (measured with AVX-512 VNNI). onnxruntime turns
+qdq into MatMulNBits too when it loads, and there its session option session.qdq_matmulnbits_accuracy_level decides, which is
+4 unless set. w2 in qdq asks for opset 25 (INT2), all else for opset 21.
 All is computed in float32, as onnxruntime's CPU kernels do, whatever the model's dtype; dense tensors are stored in that dtype
 and widened on loading, scales are stored in float32, which holds every dtype's. So `lossless` speaks of every stored number;
 sums of a bfloat16 model are nearer to the exact ones here.
@@ -17,9 +19,10 @@ Costs: writing the file; onnxruntime keeps a dense head in 32 bits a weight.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.artifact import Artifact, describe_folder
@@ -44,6 +47,17 @@ class OnnxOptions(Options):
         description="how quantized linears in groups are written: matmul_nbits, onnxruntime's own operator; qdq, "
         "DequantizeLinear and MatMul, which other runtimes read too",
     )
+    accuracy_level: Literal[1, 4] = Field(
+        1,
+        description="MatMulNBits' own: 1, inputs and sums in float32; 4, inputs rounded to 8 bits, ten times as fast for w2 "
+        "and w8; qdq has none",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> "OnnxOptions":
+        if self.layout == "qdq" and self.accuracy_level != 1:
+            raise ValueError("accuracy_level is MatMulNBits'; with qdq the session that loads the file decides, leave it away")
+        return self
 
 
 def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
@@ -52,7 +66,7 @@ def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
     check_model(model, options)
     check_schemes(model, schemes, options)
     forms = {name: form_of(scheme.weights, model.linear_shape(name), options.layout) for name, scheme in schemes.items()}
-    graph, writer = build_graph(model, forms), OnnxWriter(out)
+    graph, writer = build_graph(model, forms, options.accuracy_level), OnnxWriter(out)
     parts: dict[str, Part] = {}  # of the quantized linears in memory
     changed: list[str] = []
 

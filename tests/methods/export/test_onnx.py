@@ -250,6 +250,33 @@ def test_quantized_linears_are_the_operators_of_the_layout(
             assert len(node.input) == 3  # the default zero points
 
 
+@pytest.mark.parametrize("scheme", ["w8a16g32", "w2a16g32-asym"])
+def test_inputs_rounded_to_eight_bits_are_asked_for_by_the_node(
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama"), scheme)
+    export(model, tmp_path / "out", accuracy_level=4)
+    graph = package.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert {entry.i for node in nodes for entry in node.attribute if entry.name == "accuracy_level"} == {4}
+    # Rounding blocks of 32 inputs to steps of 1/127 of the largest costs a linear half a percent; fourteen add up as squares.
+    assert distance(Session(tmp_path / "out").run(TOKENS)[0], expected_logits(model)) < 14**0.5 * 1e-2
+    with pytest.raises(ValueError, match="accuracy_level is MatMulNBits'; with qdq the session that loads the file decides"):
+        OnnxOptions(layout="qdq", accuracy_level=4)
+
+
+def test_norms_are_a_pattern_that_onnxruntime_knows(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    export(quantized(tiny_model("qwen3", dtype="bfloat16"), "w4a16g32"), tmp_path / "out")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in package.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node]
+    assert kinds.count("SimplifiedLayerNormalization") == 2 * 4 + 1 and "ReduceMean" not in kinds
+    # Of queries, keys, values and what they gave; not of dense weights, and keys' second ones went into their products.
+    assert kinds.count("Transpose") == 2 * 4
+
+
 def test_the_data_file_holds_codes_scales_and_dense_tensors_and_no_more(
     tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
