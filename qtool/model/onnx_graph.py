@@ -1,6 +1,6 @@
 """The ONNX graph of a llama-like decoder: tokens, mask and the cache of earlier tokens in, logits and the longer cache out.
 
-    input_ids [batch, sequence]    attention_mask [batch, total], 1 where there is a token    total = past + sequence
+    input_ids, position_ids [batch, sequence]    attention_mask [batch, total], 1 for a token    total = past + sequence
     past_key_values.N.key, .value [batch, kv heads, past, head]    past is 0 at first
     logits [batch, sequence, vocab]    present.N.key, .value [batch, kv heads, total, head]
     block    h += o(attention(q(n), k(n), v(n))), n = norm(h);  h += down(silu(gate(n)) up(n)), n = norm(h)
@@ -8,12 +8,13 @@
     rotary   (a cos - b sin, b cos + a sin) of a head's halves a and b, by the angle position inv_freq
 Everything is float32, which CPUs compute in; tensors stand in the file in the model's own dtype and are widened by a Cast,
 which onnxruntime does once when it loads, as it does the Transpose of dense weights [out, in].
-Positions are counted from attention_mask, as transformers' generate does: rows of a batch are padded on the left. A token
-that is padding itself attends to nothing; its logits mean nothing.
+Rows of a batch may be padded on the left, with positions counted from the first token, as transformers' generate does. What is
+padding attends to nothing; its logits mean nothing.
 Heads that share keys are the rows of one product with them. Windows of attention are kept; the cache holds more than they need.
-Source: transformers 5.23, models/llama, mistral, qwen2 and qwen3; names of inputs and outputs are those that optimum gives.
-Why operators of opset 21 and not newer ones (RMSNormalization, RotaryEmbedding, Attention): more runtimes have them, and
-onnxruntime fuses them itself.
+Source: transformers 5.23, models/llama, mistral, qwen2 and qwen3; names of inputs and outputs: optimum-onnx 0.1.
+Why position_ids are asked for, though attention_mask tells them: optimum takes a graph without them for one of an old kind.
+Why operators of opset 21 and not newer ones (RMSNormalization, RotaryEmbedding, Attention): more runtimes have
+them, and onnxruntime fuses norms itself.
 """
 
 from dataclasses import dataclass
@@ -102,8 +103,9 @@ class Decoder:
         return Graph(self.nodes, self.constants, self.inputs(), self.outputs(), list(self.tensors))
 
     def inputs(self) -> list[Port]:
-        ids = Port("input_ids", "INT64", ("batch_size", "sequence_length"))
-        return [ids, Port("attention_mask", "INT64", ("batch_size", TOTAL)), *self.cache("past_key_values", PAST)]
+        tokens, positions = (Port(name, "INT64", ("batch_size", "sequence_length")) for name in ("input_ids", "position_ids"))
+        mask = Port("attention_mask", "INT64", ("batch_size", TOTAL))
+        return [tokens, mask, positions, *self.cache("past_key_values", PAST)]
 
     def outputs(self) -> list[Port]:
         shape = ("batch_size", "sequence_length", int(self.model.config.vocab_size))
@@ -120,7 +122,7 @@ class Decoder:
         """Positions, angles and what each token may see, once for all blocks."""
         past = self.add("Shape", ("past_key_values.0.key",), "past", {"start": 2, "end": 3})  # [1]
         total = self.add("Shape", ("attention_mask",), "total", {"start": 1, "end": 2})  # [1]
-        cos, sin = self.angles(past, total)
+        cos, sin = self.angles()
         axis, step = self.whole(0), self.whole(1)
         whole_range = (self.number(0), self.add("Squeeze", (total,), "total_number"), self.number(1))
         keys = self.add("Range", whole_range, "keys")  # [total]
@@ -143,14 +145,9 @@ class Decoder:
         by_kv_head = self.add("Concat", (self.whole(0, 0, -1), total), "by_kv_head", {"axis": 0})
         return Shared(cos, sin, bias, by_head, by_kv_head)
 
-    def angles(self, past: str, total: str) -> tuple[str, str]:
+    def angles(self) -> tuple[str, str]:
         """cos and sin [batch, 1, sequence, head / 2] of the tokens' angles."""
-        one = self.whole(1)
-        counted = self.add("CumSum", ("attention_mask", one), "n_tokens")  # [batch, total]
-        positions = self.add("Sub", (counted, one), "positions_of_all")
-        positions = self.add("Max", (positions, self.whole(0)), "positions_from_zero")
-        positions = self.add("Slice", (positions, past, total, one, one), "positions")  # [batch, sequence]
-        positions = self.add("Unsqueeze", (positions, self.whole(1, 3)), "positions_by_head")  # [batch, 1, sequence, 1]
+        positions = self.add("Unsqueeze", ("position_ids", self.whole(1, 3)), "positions_by_head")  # [batch, 1, sequence, 1]
         positions = self.add("Cast", (positions,), "positions_float32", {"to": FLOAT})
         self.constants["inv_freq"], scaling = rotation_of(self.model)
         angles = self.add("Mul", (positions, "inv_freq"), "angles")

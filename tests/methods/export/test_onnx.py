@@ -58,8 +58,12 @@ class Session:
         mask = torch.ones(len(tokens), n_past + tokens.shape[1], dtype=torch.int64) if mask is None else mask
         if past is None:
             past = [np.zeros((len(tokens), port.shape[1], 0, port.shape[3]), np.float32) for port in self.cache]
-        fed = dict(zip([port.name for port in self.cache], past, strict=True))
-        logits, *present = self.session.run(None, fed | {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, n_past:]  # from each row's first token, as transformers counts them
+        fed = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        fed = {name: tensor.numpy() for name, tensor in fed.items()} | {
+            port.name: part for port, part in zip(self.cache, past, strict=True)
+        }
+        logits, *present = self.session.run(None, fed)
         return torch.from_numpy(logits), present
 
     def greedy(self, tokens: torch.Tensor, n_new: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -221,6 +225,7 @@ def test_inputs_and_outputs_have_the_names_that_runtimes_know(
     assert found == {
         "input_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
         "attention_mask": ("tensor(int64)", ["batch_size", total]),
+        "position_ids": ("tensor(int64)", ["batch_size", "sequence_length"]),
         "logits": ("tensor(float)", ["batch_size", "sequence_length", 4096]),
         **{name: ("tensor(float)", ["batch_size", 2, length, 16]) for name, length in cache.items()},
     }
