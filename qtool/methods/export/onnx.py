@@ -1,7 +1,7 @@
 """An ONNX model that onnxruntime runs: quantized weights as codes, attention with a cache of earlier tokens.
 
 model.onnx is the graph, model.onnx.data holds its tensors; beside them stand config.json and the tokenizer's files. Inputs and
-outputs have the names that optimum and transformers.js know (see qtool/model/onnx_graph.py; layouts: formats/onnx_layouts.py).
+outputs have the names that optimum gives them (see qtool/model/onnx_graph.py; layouts: formats/onnx_layouts.py).
     w2, w4, w8 in groups of 16 to 256    matmul_nbits: MatMulNBits, onnxruntime's own operator
                                          qdq: DequantizeLinear and MatMul, ONNX's own
     w2, w4, w8 with a scale for a row    qdq in either layout
@@ -14,7 +14,8 @@ All is computed in float32, as onnxruntime's CPU kernels do, whatever the model'
 and widened on loading, scales are stored in float32, which holds every dtype's. So `lossless` speaks of every stored number;
 sums of a bfloat16 model are nearer to the exact ones here.
 Source: ONNX 1.23, https://onnx.ai/onnx, and onnxruntime 1.31, docs/ContribOperators.md (com.microsoft.MatMulNBits).
-For: onnxruntime on CPUs, optimum, transformers.js; llama, mistral, qwen2 and qwen3 models. pip install qtool[onnx].
+For: onnxruntime on CPUs and what is built on it, such as optimum; llama, mistral, qwen2 and qwen3 models. pip install
+qtool[onnx].
 Costs: writing the file; onnxruntime keeps a dense head in 32 bits a weight.
 """
 
