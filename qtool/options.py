@@ -58,6 +58,9 @@ class TrainingOptions(Options):
     batch: int = Field(8, ge=1, description="windows in one optimizer step")
     accumulate: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    code_lr: float = Field(
+        0.0, ge=0, le=1, description="peak learning rate of quantized layers' codes, in units of their scale; 0: they stay"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; then cosine to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -86,6 +89,13 @@ class Sequential(Options):
         description="whether linears see what those before them in the block became: one pass that keeps the block's "
         "activations of all samples in memory; false, two passes with one batch in memory",
     )
+
+
+class BlockTuning(Options):
+    """Options of a method that learns by the output of each block."""
+
+    steps: int = Field(200, ge=0, description="updates per block")
+    batch: int = Field(8, ge=1, description="windows in one update")
 
 
 class Curvature(Selection):

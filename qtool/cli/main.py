@@ -18,6 +18,7 @@ from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
 from qtool.cli.init import init
 from qtool.cli.methods import methods
+from qtool.cli.plan import plan
 from qtool.cli.run import run
 from qtool.cli.schema import schema
 from qtool.cli.validate import validate
@@ -26,6 +27,7 @@ from qtool.errors import QtoolError
 
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
+    "plan": plan,
     "eval": evaluate,
     "export": export,
     "methods": methods,

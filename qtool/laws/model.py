@@ -221,7 +221,7 @@ def evaluating_repeats(method: Method) -> None:
 
 
 def exported_bytes_are_the_model(method: Method) -> None:
-    """The export, read back from disk, gives the logits of the model in memory; its digests are those of its files."""
+    """The export, read back from disk, gives the logits of the model in memory; digests and size are those of its files."""
     tokens = sample_tokens()
     for scheme in method.schemes or EXPORT_SCHEMES:
         with tiny_checkpoint() as folder, tempfile.TemporaryDirectory() as out:
@@ -232,6 +232,10 @@ def exported_bytes_are_the_model(method: Method) -> None:
             assert isinstance(artifact, Artifact), f"{method.key} returns {type(artifact).__name__}, must be Artifact"
             files = {str(path.relative_to(target)): digest_file(path) for path in target.rglob("*") if path.is_file()}
             assert artifact.sha256 == files, "the artifact's digests are not those of its files"
+            if method.size is not None:
+                told = method.size(model, model.schemes(), sample_options(method))
+                room = 0.01 * artifact.bytes + 4096  # what manifest and headers may take of so small a model
+                assert artifact.bytes <= told <= artifact.bytes + room, f"{told} bytes are told, {artifact.bytes} are written"
             reloaded = ModelHandle(ModelOptions(path=str(target), device="cpu"))
             expected, found = logits_of(model, tokens), logits_of(reloaded, tokens)
             error = float((found - expected).norm() / expected.norm())

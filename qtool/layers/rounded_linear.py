@@ -70,7 +70,11 @@ def soft_params(grid: Grid, low: Tensor, high: Tensor, stored: Params) -> Params
 
 def soft_snap(w: Tensor, grid: Grid, params: Params, V: Tensor | float = 0.0) -> Tensor:
     """w [..., group] moved to the levels nearest to w / scale + V; gradients reach w, params and V."""
-    x = w / params.scale + V
+    return soft_levels(w / params.scale + V, grid, params) * params.scale
+
+
+def soft_levels(x: Tensor, grid: Grid, params: Params) -> Tensor:
+    """The levels nearest to x [..., group], both in units of the scale; gradients reach x and zero points."""
     levels = grid.levels(codes_of(x, grid, params))
     low, high = grid.ends
     if params.zero is None:
@@ -78,7 +82,7 @@ def soft_snap(w: Tensor, grid: Grid, params: Params, V: Tensor | float = 0.0) ->
     else:
         levels = levels - params.zero.detach()
         inside = x.clamp(low - params.zero, high - params.zero)
-    return straight_through(inside, levels) * params.scale
+    return straight_through(inside, levels)
 
 
 def soft_snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:

@@ -492,7 +492,7 @@ def resolve_folder(options: ModelOptions) -> Path:
             huggingface_hub.snapshot_download(
                 options.path,
                 revision=options.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN?E*", "NOTICE*"],
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had

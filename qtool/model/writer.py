@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from qtool.errors import QtoolError
+from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.experts import Experts
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
@@ -31,9 +32,11 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
+LICENCES = ("license", "licence", "notice", "copying", "use_policy")  # files that go along whatever they end in
 REWRITTEN = {"config.json", "quantize_config.json", "quant_config.json"}  # what they say of quantized weights may end here
 
-Encode = Callable[[str, QuantLinear], dict[str, Tensor]]
+Encode = Callable[[str, QuantLinear], tuple[dict[str, Tensor], bool]]
+Pack = Callable[[QuantizedTensor], tuple[dict[str, Tensor], Tensor]]
 Describe = Callable[[dict[str, Tensor]], dict[str, str]]
 
 
@@ -106,23 +109,47 @@ def write_checkpoint(
     quantization: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     describe: Describe | None = None,
-) -> None:
-    """Stream the model with its changes into `out`.
+) -> bool:
+    """Stream the model with its changes into `out`; returns whether every quantized linear came out as it is.
 
-    `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names; without
-    it, they are decoded to dense ones. `quantization` becomes config.json's quantization_config. `describe` gives what the
-    files' metadata is to say of tensors, by the names that they are stored under. Raises QtoolError where the disk refuses.
+    `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names, and whether
+    they decode to its very weights; without it, they are decoded to dense ones. `quantization` becomes config.json's
+    quantization_config. `describe` gives what the files' metadata is to say of tensors, by the names that they are stored
+    under. Raises QtoolError where the disk refuses.
     """
-    writer = ShardWriter(out, shard_bytes)
-    for tensors in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
+    writer, is_lossless = ShardWriter(out, shard_bytes), True
+    for tensors, is_exact in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
+        is_lossless &= is_exact
         renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
         writer.add(renamed, describe and describe(renamed))
     writer.close()
     write_settings(model, out, quantization)
+    return is_lossless
 
 
-def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Iterator[dict[str, Tensor]]:
-    """The tensors outside the blocks, then each block's, by transformers' names; one unit in memory at a time."""
+def packed_by(pack: Pack, where: str, dtype: torch.dtype) -> Encode:
+    """An `encode` for codes, scales and zero points alone; errors begin with `where`.
+
+    `pack` gives a linear's tensors by the ends of their names, and the weights [out, in] that they decode to: the linear is as
+    it was where those are the same in `dtype`.
+    """
+
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
+        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
+        try:
+            parts, W = pack(layer.qt)
+        except QtoolError as error:
+            raise QtoolError(f"{where}: {name}: {error}") from error
+        return {f"{name}.{key}": tensor for key, tensor in parts.items()}, torch.equal(W.to(dtype), layer.weight_values(dtype))
+
+    return encode
+
+
+def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """The tensors outside the blocks, then each block's, by transformers' names, and whether `encode` kept all of the unit.
+
+    One unit is in memory at a time.
+    """
     with model.outer():
         yield _tensors(model, model.model, "", encode, fuses_experts)
     for block in model.blocks():
@@ -131,30 +158,47 @@ def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Ite
 
 def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None) -> None:
     """Copy what stands beside the weights: tokenizer, chat template, config.json with this dtype and quantization_config."""
-    for path in sorted(model.folder.iterdir()):
-        if path.suffix in COPIED and path.name not in REWRITTEN and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
+    for path in copied_files(model):
+        shutil.copyfile(path, out / path.name)
+    write_text(out / "config.json", settings_of(model, quantization))
+
+
+def copied_files(model: ModelHandle) -> list[Path]:
+    """What stands beside the model's weights and goes into every export as it is."""
+    files = [path for path in sorted(model.folder.iterdir()) if path.is_file() and path.name not in REWRITTEN]
+    files = [path for path in files if path.suffix in COPIED or path.stem.lower() in LICENCES]
+    return [path for path in files if not path.name.endswith(".index.json")]
+
+
+def settings_of(model: ModelHandle, quantization: dict[str, Any] | None = None) -> str:
+    """config.json's text with this dtype and quantization_config."""
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if quantization is not None:
         config["quantization_config"] = quantization
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    return json.dumps(config, indent=2) + "\n"
 
 
-def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool) -> dict[str, Tensor]:
+def _tensors(
+    model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool
+) -> tuple[dict[str, Tensor], bool]:
     """Every tensor under root by transformers' names, a tied one once; decoder blocks inside root are left out."""
     persistent = set(root.state_dict())
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
+    is_lossless = True
 
     def collect(module: nn.Module, name: str) -> None:
+        nonlocal is_lossless
         full = prefix + name
         if full == f"{model.blocks_name}.":
             return
         if isinstance(module, QuantLinear):
-            found.update(encode(full.removesuffix("."), module))
+            tensors, is_exact = encode(full.removesuffix("."), module)
+            found.update(tensors)
+            is_lossless &= is_exact
             if module.bias is not None:
                 found[f"{full}bias"] = module.bias
             return
@@ -162,6 +206,7 @@ def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, f
             for side, linears in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
                 weights = [_dense(linear, model.dtype) for linear in linears]
                 found[full + side] = torch.stack(weights)  # [experts, out, in]
+                is_lossless &= all(not isinstance(linear, QuantLinear) or linear.low_rank is None for linear in linears)
             return
         for local, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if name + local in persistent and id(tensor) not in taken:
@@ -171,15 +216,15 @@ def _tensors(model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, f
             collect(child, f"{name}{local}.")
 
     collect(root, "")
-    return found
+    return found, is_lossless
 
 
 def _decoder(model: ModelHandle) -> Encode:
     transposed = {name for name, module in model.model.named_modules() if isinstance(module, Conv1D)}
 
-    def decode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+    def decode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
         W = layer.weight_values(model.dtype)  # [out, in]
-        return {f"{name}.weight": W.T if name in transposed else W}
+        return {f"{name}.weight": W.T if name in transposed else W}, layer.low_rank is None
 
     return decode
 

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,22 @@ from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
-from qtool.options import ModelOptions, Selection, TrainingOptions
-from qtool.pipeline.blockwise import check_selection, run_blockwise
+from qtool.options import ModelOptions, TrainingOptions
+from qtool.pipeline.blockwise import run_blockwise
+from qtool.pipeline.checks import check_recipe, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
-from qtool.pipeline.plan import planned_schemes
-from qtool.pipeline.search import check_covered, check_search, found_schemes, run_search
+from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
+from qtool.report.card import write_card
 from qtool.report.html import write_report
 from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, versions
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
     """Carry out a recipe in the folder `out`; returns what results.json holds."""
-    original = ModelHandle(recipe.model)
-    search = None
-    for step in recipe.steps:
-        check_step(step, original, search)
-        search = step if step.method.kind == "search" else search
-    check_exports(recipe.steps, original)
+    original = check_recipe(recipe)
     folder = RunFolder(out)
     folder.open({"recipe": recipe.digest, "model": digest_model(original.folder)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
@@ -54,51 +50,6 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     for row in run.exports:
         run.evaluate_export(row)
     return run.finish()
-
-
-def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:
-    """What can be known to fail without a weight: patterns that match nothing, groups that do not divide.
-
-    `search` is the latest search step before this one.
-    """
-    options = step.options
-    with located(step):
-        if isinstance(options, SearchOptions):
-            check_search(model, step.method, options)
-        elif isinstance(options, SchemeSelection) and options.scheme == "search":
-            assert search is not None, "the recipe check asks for a search step before scheme: search"
-            assert isinstance(search.options, SearchOptions), f"{search.key}: options of a search are SearchOptions"
-            check_covered(model, step.method, options, search.options)
-        elif isinstance(options, Selection):
-            check_selection(model, step.method, options)
-    if step.method.check is not None:
-        with located(step):
-            step.method.check(model, step.options)
-
-
-def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
-    """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears."""
-    for index, step in enumerate(steps):
-        if step.method.holds is not None:
-            for schemes in planned_schemes(model, steps[:index]):
-                with located(step):
-                    step.method.holds(model, schemes, step.options)
-
-
-@contextlib.contextmanager
-def located(step: Step) -> Iterator[None]:
-    """Put the recipe's file and line before a step's error, one of memory among them."""
-    try:
-        yield
-    except QtoolError as error:
-        raise QtoolError(f"{step.where}: {error}") from error
-    except RuntimeError as error:  # torch's own, for a GPU's memory of a class of its own, for the host's of none
-        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
-            raise
-        raise QtoolError(
-            f"{step.where}: {step.key}: the memory does not suffice ({str(error).splitlines()[0][:200]}); use fewer or "
-            "shorter samples, true_sequential: false where the step has it, or a machine with more"
-        ) from error
 
 
 class Run:
@@ -242,6 +193,8 @@ class Run:
             "fallbacks": self.fallbacks,
             "versions": versions(),
         }
+        for row in self.exports:
+            write_card(self.folder.path / row["path"], self.recipe, self.original.folder, results, row)
         write_text(self.folder.path / "results.json", json.dumps(results, indent=1) + "\n")
         write_report(self.folder.path / "report.html", results, self.recipe.to_yaml())
         self.folder.event("finished", status=results["status"])
@@ -307,6 +260,12 @@ def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Art
     check_step(step, model)
     progress.stage(key, 1)
     artifact = write_export(model, step, out or run / "exports" / key.removeprefix("export/"))
+    original = ModelHandle(recipe.model)
+    if (run / "results.json").is_file():
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    else:  # the run has not come to its end: nothing is measured yet
+        results = {"metrics": [], "model": describe_model(original, model), "versions": versions()}
+    write_card(artifact.path, recipe, original.folder, results, export_row(artifact, str(artifact.path)))
     progress.advance(str(artifact.path))
     return artifact
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
+from qtool.layers.learned_codes import LearnedCodes
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import is_linear
@@ -39,6 +40,7 @@ def run_training(
     batch = options.batch
     order = seeded_order(len(tokens), options.steps * batch, seed)
     with model.materialized() as student, teacher.materialized() as original:
+        learned = learn_codes(method.key, student) if options.code_lr else {}
         names = {id(p): name for name, p in student.named_parameters()}
         stored_dtype = {name: p.dtype for name, p in student.named_parameters()}
         student.float()
@@ -46,7 +48,13 @@ def run_training(
         keep = {p: p != 0 for p in pruned_weights(student)}
         for p in parameters:
             p.requires_grad_(True)
-        optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.95))
+        places = {id(layer.places) for layer in learned.values()}
+        groups = [
+            {"params": [p for p in parameters if id(p) not in places], "peak": options.lr},
+            {"params": [p for p in parameters if id(p) in places], "peak": options.code_lr, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, betas=(0.9, 0.95))
         first, losses = 0, []
         if checkpoint.is_file():
             saved = torch.load(checkpoint, map_location=model.device, weights_only=True)
@@ -58,7 +66,7 @@ def run_training(
                 progress.advance()
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * rate_at(step, options)
+                group["lr"] = group["peak"] * rate_at(step, options)
             total = 0.0
             for rows in tokens[order[step * batch : (step + 1) * batch]].to(model.device).tensor_split(options.accumulate):
                 with torch.autocast(model.device.type, torch.bfloat16):
@@ -90,9 +98,32 @@ def run_training(
             p.requires_grad_(False)
         for name, p in student.named_parameters():
             p.data = p.data.to(stored_dtype[name])
+        for name, layer in learned.items():
+            put(student, name, layer.quantized())
         save_units(model, student, {names[id(p)] for p in parameters}, folder)
     checkpoint.unlink(missing_ok=True)
     return {"losses": losses, "linears": [], "fallbacks": []}
+
+
+def learn_codes(where: str, student: nn.Module) -> dict[str, LearnedCodes]:
+    """Put a layer whose codes learn in place of every quantized one; raises QtoolError for codes that cannot."""
+    found = {name: module for name, module in student.named_modules() if isinstance(module, QuantLinear)}
+    if not found:
+        raise QtoolError(f"{where}: code_lr: no linear is quantized; put a quantize step before it, or leave code_lr away")
+    for name, layer in found.items():
+        if not layer.qt.is_plain or layer.low_rank is not None or layer.scheme.grid.width > 1:
+            raise QtoolError(
+                f"{where}: {name}: {layer.scheme}: codes learn where scales and zero points are all that stands beside them; "
+                "leave code_lr away"
+            )
+        put(student, name, LearnedCodes(layer))
+    return {name: module for name, module in student.named_modules() if isinstance(module, LearnedCodes)}
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Let `layer` stand at a full name."""
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, layer)
 
 
 def seeded_order(n_windows: int, n_needed: int, seed: int) -> Tensor:

@@ -1,77 +1,113 @@
-"""What a recipe will make of a model, known before any weight is loaded: exports that cannot hold it refuse at once."""
+"""The plan: modules, sizes, runtimes and costs told before any weight is loaded, as the run then finds them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from qtool.errors import QtoolError
-from qtool.model.handle import ModelHandle
-from qtool.pipeline.plan import planned_schemes
+from qtool.pipeline.plan import make_plan, spans
 from qtool.pipeline.run import run_recipe
 from qtool.progress import Silent
-from qtool.recipe import Recipe, load
+from qtool.recipe import parse
 
 TinyModel = Callable[..., Path]
-TEXT = {"calibrate/text": {"source": "demo:calibration", "samples": 4, "length": 32}}
-SEARCH = {"search/mixed_precision": {"budget": 4.6, "candidates": ["w4a16g32", "nf4g32"]}}
+TEXT = "{source: demo:calibration, samples: 4, length: 32}"
 
 
-def recipe(model: Path, tmp_path: Path, *steps: dict[str, object]) -> Recipe:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"model": str(model), "pipeline": [TEXT, *steps]}))
-    return load(path)
+def recipe_of(model: object, *steps: str) -> str:
+    return "\n".join([f"model: {model}", "pipeline:", *(f"  - {step}" for step in steps)])
 
 
-@pytest.mark.parametrize(
-    ("steps", "refused"),
-    [
-        ([{"quantize/rtn": {"scheme": "nf4g32"}}], "nf4g32: this export holds whole numbers"),
-        ([{"quantize/rtn": {"scheme": "w4a16g32", "modules": {"*.o_proj": "w4a16g32-asymf16"}}}], r"o_proj: w4a16g32-asymf16"),
-        ([SEARCH, {"quantize/rtn": {"scheme": "search"}}], "nf4g32: this export holds whole numbers"),
-        ([{"quantize/rtn": {"scheme": "w4a16g32-ic"}}], "w4a16g32-ic: this export holds plain scales along `in`"),
-        ([], "no linear is quantized"),
-    ],
-)
-def test_an_export_refuses_what_it_cannot_hold_before_any_work(
-    steps: list[dict[str, object]], refused: str, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    made = recipe(tiny_model("llama"), tmp_path, *steps, {"export/compressed_tensors": None})
-    with pytest.raises(QtoolError, match=f"recipe.yaml:.*{refused}"):
-        run_recipe(made, tmp_path / "out", Silent())
-    assert not (tmp_path / "out").exists()
+def test_the_plan_names_every_linear_once_and_what_becomes_of_it(tiny_model: TinyModel) -> None:
+    made = make_plan(
+        parse(
+            recipe_of(
+                tiny_model("llama", num_hidden_layers=3),
+                "quantize/rtn: {scheme: w4a16g32, modules: {'*layers.1.*.v_proj': w8a16}, ignore: [lm_head, '*.down_proj']}",
+                "export/compressed_tensors: {}",
+            ),
+            "recipe",
+        )
+    )
+    found = {row.name: (row.count, row.scheme, row.step) for row in made.rows}
+    assert found["model.layers.{0-2}.self_attn.q_proj"] == (3, "w4a16g32", "quantize/rtn")
+    assert found["model.layers.{0,2}.self_attn.v_proj"] == (2, "w4a16g32", "quantize/rtn")
+    assert found["model.layers.1.self_attn.v_proj"] == (1, "w8a16", "quantize/rtn")
+    assert found["model.layers.{0-2}.mlp.down_proj"] == (3, "dense", "")
+    assert found["lm_head"] == (1, "dense", "")
+    assert sum(row.count for row in made.rows) == 3 * 7 + 1
 
 
-@pytest.mark.parametrize(
-    ("steps", "options", "refused"),
-    [
-        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {}, "nf4g32: no type has this grid; .* type: one of f32, .*, q6_k"),
-        ([SEARCH, {"quantize/rtn": {"scheme": "search"}}], {}, "nf4g32: no type has this grid"),
-        ([{"quantize/rtn": {"scheme": "w8a8"}}], {"type": "q8_0"}, "w8a8: llama.cpp rounds activations in its own way"),
-        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {"type": "q4_k"}, "64 columns do not divide into q4_k's blocks of 256"),
-    ],
-)
-def test_a_gguf_file_refuses_what_it_cannot_hold_before_any_work(
-    steps: list[dict[str, object]], options: dict[str, str], refused: str, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    made = recipe(tiny_model("llama"), tmp_path, *steps, {"export/gguf": options})
-    with pytest.raises(QtoolError, match=f"recipe.yaml:.*{refused}"):
-        run_recipe(made, tmp_path / "out", Silent())
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_plan_is_what_the_run_makes(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_nothing_is_loaded_for_it(tiny_model: TinyModel) -> None:
+    """A checkpoint whose weights are cut off after the header can be planned."""
     folder = tiny_model("llama")
-    steps = [
-        {"quantize/rtn": {"scheme": "w4a16g32", "modules": {"*.down_proj": "w8a8"}, "ignore": ["lm_head", "*.q_proj"]}},
-        {"quantize/rtn": {"scheme": "nf4g64", "ignore": ["*_proj"]}},
-        {"export/safetensors": None},
-    ]
-    made = recipe(folder, tmp_path, *steps)
-    model = ModelHandle(made.model)
-    (planned,) = planned_schemes(model, made.steps[:2])
-    run_recipe(recipe(folder, tmp_path, steps[0]), tmp_path / "out", Silent())
-    changes = tuple(sorted(path.parent for path in (tmp_path / "out" / "state").glob("*/block_000.safetensors")))
-    assert planned == ModelHandle(made.model, changes).schemes()
-    assert {str(scheme) for scheme in planned.values()} == {"w4a16g32", "w8a8"}
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    with weights.open("r+b") as file:
+        file.seek(header)
+        file.write(b"\xff" * (len(whole) - header))  # every weight not a number, which loading would refuse
+    recipe = recipe_of(folder, "quantize/rtn: {scheme: w4a16g32}", "export/gptq: {}")
+    assert make_plan(parse(recipe, "recipe")).exports[0].bytes > 0
+
+
+def test_the_size_is_that_of_the_folder_which_the_run_writes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    recipe = parse(recipe_of(tiny_model("llama", dtype="bfloat16"), "quantize/rtn: {scheme: w4a16g32}", "export/gptq: {}"), "r")
+    (export,) = make_plan(recipe).exports
+    run_recipe(recipe, tmp_path / "run", Silent())
+    written = sum(path.stat().st_size for path in (tmp_path / "run/exports/gptq").iterdir())
+    assert written <= export.bytes <= 1.01 * written + 4096  # the model card, which counts in so small a model
+
+
+def test_a_searchs_size_is_at_its_budget(tiny_model: TinyModel, tmp_path: Path) -> None:
+    recipe = parse(
+        recipe_of(
+            tiny_model("llama", dtype="bfloat16"),
+            f"calibrate/text: {TEXT}",
+            "search/mixed_precision: {budget: 5.5, candidates: [w4a16g32, w8a16g32]}",
+            "quantize/rtn: {scheme: search}",
+            "export/compressed_tensors: {}",
+        ),
+        "recipe",
+    )
+    made = make_plan(recipe)
+    assert {row.scheme for row in made.rows} == {"by search", "dense"}
+    run_recipe(recipe, tmp_path / "run", Silent())
+    written = sum(path.stat().st_size for path in (tmp_path / "run/exports/compressed_tensors").iterdir())
+    assert written <= made.exports[0].bytes <= 1.02 * written + 4096  # the search may stay below its budget
+
+
+def test_runtimes_that_serve_and_that_do_not(tiny_model: TinyModel) -> None:
+    recipe = recipe_of(
+        tiny_model("llama", dtype="bfloat16"), "quantize/rtn: {scheme: w4a16g32}", "export/compressed_tensors: {}"
+    )
+    ((served),) = make_plan(parse(recipe, "recipe")).exports
+    outcome = {serving.runtime: why for serving, why in served.runtimes}
+    assert outcome["transformers"] is None
+    assert "ModelOpt" in str(outcome["tensorrt-llm"])
+
+
+def test_what_a_run_refuses_is_refused(tiny_model: TinyModel) -> None:
+    recipe = recipe_of(tiny_model("llama"), "quantize/rtn: {scheme: w4a16g48}", "export/gptq: {}")
+    with pytest.raises(QtoolError, match="do not divide into groups"):
+        make_plan(parse(recipe, "recipe"))
+
+
+def test_more_work_is_told_to_take_longer_and_more_memory(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+
+    def cost(text: str, step: str) -> tuple[float, float]:
+        made = make_plan(parse(recipe_of(folder, f"calibrate/text: {text}", step), "recipe"))
+        return made.costs[1].operations, made.costs[1].memory_bytes
+
+    long = "{source: demo:calibration, samples: 16, length: 64}"
+    gptq, tuned = "quantize/gptq: {scheme: w4a16g32}", "quantize/sign_round: {scheme: w4a16g32, steps: 20}"
+    assert cost(TEXT, "quantize/rtn: {scheme: w4a16g32}")[0] < cost(TEXT, gptq)[0] < cost(long, gptq)[0]
+    assert cost(TEXT, tuned)[0] < cost(TEXT, tuned.replace("20", "200"))[0]
+    assert cost(TEXT, gptq)[1] < cost(long, gptq)[1]
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "{0-2}"), ([0, 2, 3, 7], "{0,2-3,7}")])
+def test_spans(numbers: list[int], text: str) -> None:
+    assert spans(numbers) == text

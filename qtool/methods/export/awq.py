@@ -15,17 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.group_layouts import AWQ_BITS, pack_awq
 from qtool.formats.scheme import Scheme
-from qtool.layers.quant_linear import QuantLinear
+from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
-from qtool.model.writer import write_checkpoint
+from qtool.model.sizes import checkpoint_size
+from qtool.model.writer import Encode, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -42,21 +42,23 @@ def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = True
-
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
-        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
-        try:
-            parts = pack_awq(layer.qt)
-        except QtoolError as error:
-            raise QtoolError(f"{WHERE}: {name}: {error}") from error
-        stored = replace(layer.qt, scale=parts["scales"].T)
-        is_lossless &= torch.equal(stored.dequantize().to(model.dtype), layer.weight_values(model.dtype))
-        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
-
-    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
     return describe_folder("awq", out, is_lossless)
+
+
+def encoder(model: ModelHandle) -> Encode:
+    """Of a linear to the tensors that the layout stores."""
+
+    def pack(qt: QuantizedTensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts = pack_awq(qt)
+        return parts, replace(qt, scale=parts["scales"].T).dequantize()
+
+    return packed_by(pack, WHERE, model.dtype)
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> int:
+    """Bytes of the folder, before any work."""
+    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes))
 
 
 def check_model(model: ModelHandle, options: AwqOptions) -> None:
@@ -95,4 +97,4 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     return config | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in dense}} if dense else {})
 
 
-METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes, size=size)

@@ -18,18 +18,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.bnb_layouts import BLOCKS, TYPES, pack_blocks, pack_rows, unpack_blocks, unpack_rows
 from qtool.formats.scheme import Scheme, WeightScheme
-from qtool.layers.quant_linear import QuantLinear
+from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.writer import write_checkpoint
+from qtool.model.sizes import checkpoint_size
+from qtool.model.writer import Encode, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -46,19 +46,24 @@ def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) ->
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = True
-
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
-        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
-        is_rows = layer.scheme.format == "int"
-        parts = pack_rows(layer.qt) if is_rows else pack_blocks(layer.qt, model.dtype)
-        stored = unpack_rows(parts) if is_rows else unpack_blocks(parts)
-        is_lossless &= torch.equal(stored.dequantize().to(model.dtype), layer.weight_values(model.dtype))
-        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
-
-    write_checkpoint(model, out, encode, quantization_config(model, schemes))
+    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
     return describe_folder("bitsandbytes", out, is_lossless)
+
+
+def encoder(model: ModelHandle) -> Encode:
+    """Of a linear to the tensors that its layout stores."""
+
+    def pack(qt: QuantizedTensor) -> tuple[dict[str, Tensor], Tensor]:
+        is_rows = qt.scheme.format == "int"
+        parts = pack_rows(qt) if is_rows else pack_blocks(qt, model.dtype)
+        return parts, (unpack_rows(parts) if is_rows else unpack_blocks(parts)).dequantize()
+
+    return packed_by(pack, WHERE, model.dtype)
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> int:
+    """Bytes of the folder, before any work."""
+    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes))
 
 
 def check_model(model: ModelHandle, options: BitsandbytesOptions) -> None:
@@ -132,5 +137,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    size=size,
     schemes=("nf4g64", "fp4_bnbg32-dq", "w8a16"),
 )

@@ -41,7 +41,8 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import write_checkpoint
+from qtool.model.sizes import checkpoint_size
+from qtool.model.writer import Encode, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -60,12 +61,16 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     check_model(model, options)
     check_schemes(model, schemes, options)
     config = quantization_config(model, schemes)
-    is_lossless = True
+    is_lossless = write_checkpoint(model, out, encoder(model, schemes, "dequantize" in config), config)
+    return describe_folder("compressed_tensors", out, is_lossless)
 
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
+
+def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -> Encode:
+    """Of a linear to the tensors of the checkpoint's own that it comes from; `must_decode`: see quantization_config."""
+
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
         assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
-        is_lossless &= torch.equal(decode(layer.qt, model.dtype), layer.weight_values(model.dtype))
+        is_exact = torch.equal(decode(layer.qt, model.dtype), layer.weight_values(model.dtype))
         stored = model.checkpoint.stored_as(name)
         n_out = layer.out_features // len(stored)
         found: dict[str, Tensor] = {}
@@ -75,13 +80,18 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
                 tensors = pack(rows, schemes[name])
             except QtoolError as error:
                 raise QtoolError(f"{WHERE}: {part}: {error}") from error
-            if has_plain_scales(layer.scheme) and ("dequantize" in config or EXPERT.fullmatch(name)):
+            if has_plain_scales(layer.scheme) and (must_decode or EXPERT.fullmatch(name)):
                 tensors["weight_scale"] = rows.scale.to(model.dtype)  # [out, groups]
             found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
-        return found
+        return found, is_exact
 
-    write_checkpoint(model, out, encode, config)
-    return describe_folder("compressed_tensors", out, is_lossless)
+    return encode
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> int:
+    """Bytes of the folder, before any work."""
+    config = quantization_config(model, schemes)
+    return checkpoint_size(model, schemes, encoder(model, schemes, "dequantize" in config), config)
 
 
 def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
@@ -174,4 +184,6 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(
+    run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes, size=size
+)

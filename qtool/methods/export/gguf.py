@@ -29,10 +29,11 @@ from qtool.formats.ggml import TYPES, GgmlType, decodes_to, from_codes, takes_co
 from qtool.formats.ggml_rounding import round_to
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
-from qtool.model.gguf import GGUF, Value, write_gguf
+from qtool.model.gguf import GGUF, Value, file_size, write_gguf
 from qtool.model.gguf_metadata import family_of, general, hyperparameters, rope_factors, tokenizer_metadata
 from qtool.model.gguf_names import Family, is_transposed, row_order, stored_name
 from qtool.model.handle import ModelHandle
+from qtool.model.sizes import settings_size
 from qtool.model.writer import unit_tensors, write_settings
 from qtool.options import Options
 from qtool.registry import Method
@@ -53,9 +54,7 @@ class GgufOptions(Options):
     embeddings: TypeName | None = Field(
         None, description="type of the embedding, and of the head where it is not quantized; null: the model's own dtype"
     )
-    pre: str | None = Field(
-        None, description="llama.cpp's name of how the tokenizer cuts text; null: found from its pattern"
-    )
+    pre: str | None = Field(None, description="llama.cpp's name of how the tokenizer cuts text; null: found from its pattern")
 
 
 def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
@@ -67,17 +66,16 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
     metadata, tensors = contents(model, kinds, options)
     is_lossless = True
 
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
         kind, W = kinds[f"{name}.weight"], layer.weight_values(torch.float32)  # [out, in]
         data = bytes_of(name, W, kind, layer)
-        is_lossless &= decodes_to(data, kind, W)
-        return {f"{name}.weight": data}
+        return {f"{name}.weight": data}, decodes_to(data, kind, W)
 
     with write_gguf(out / GGUF, metadata, tensors) as write:
         if (factors := rope_factors(model)) is not None:
             write("rope_freqs.weight", factors.view(torch.uint8))
-        for unit in unit_tensors(model, encode, fuses_experts=False):
+        for unit, is_exact in unit_tensors(model, encode, fuses_experts=False):
+            is_lossless &= is_exact
             while unit:  # so that nothing is left of a block when the next is loaded
                 name, tensor = unit.popitem()
                 stored, data = named(family, name), tensor
@@ -97,6 +95,11 @@ def bytes_of(name: str, W: Tensor, kind: GgmlType, layer: QuantLinear | None = N
         return from_codes(layer.qt, kind) if layer and takes_codes(kind, layer.scheme) else round_to(W, kind)
     except QtoolError as error:
         raise QtoolError(f"{WHERE}: {name}: {error}; use export/safetensors") from error
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: GgufOptions) -> int:
+    """Bytes of the folder, before any work."""
+    return file_size(*contents(model, kinds_of(model, schemes, options), options)) + settings_size(model)
 
 
 def check_model(model: ModelHandle, options: GgufOptions) -> None:
@@ -190,4 +193,4 @@ def reordered(model: ModelHandle, family: Family, stored: str, data: Tensor) -> 
     return data if order is None else data[order]
 
 
-METHOD = Method(run=gguf, options=GgufOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(run=gguf, options=GgufOptions, scope="model", check=check_model, holds=check_schemes, size=size)

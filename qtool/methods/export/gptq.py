@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -29,11 +28,12 @@ from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.group_layouts import GPTQ_BITS, pack_gptq
 from qtool.formats.scheme import Scheme
-from qtool.layers.quant_linear import QuantLinear
+from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, fused_units, head_name
+from qtool.model.sizes import checkpoint_size
 from qtool.model.store import write_text
-from qtool.model.writer import write_checkpoint
+from qtool.model.writer import Encode, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -55,25 +55,34 @@ def gptq(model: ModelHandle, out: Path, options: GptqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    has_zeros = any(not scheme.weights.symmetric for scheme in schemes.values())
-    layout = options.checkpoint_format or ("gptq_v2" if has_zeros else "gptq")
+    layout = layout_of(schemes, options)
     config = quantization_config(model, schemes, layout)
-    is_lossless = True
-
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
-        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
-        try:
-            parts = pack_gptq(layer.qt, is_v2=layout == "gptq_v2")
-        except QtoolError as error:
-            raise QtoolError(f"{WHERE}: {name}: {error}") from error
-        stored = replace(layer.qt, scale=parts["scales"].T)
-        is_lossless &= torch.equal(stored.dequantize().to(model.dtype), layer.weight_values(model.dtype))
-        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
-
-    write_checkpoint(model, out, encode, config)
+    is_lossless = write_checkpoint(model, out, encoder(model, layout), config)
     write_text(out / "quantize_config.json", json.dumps(config, indent=2) + "\n")
     return describe_folder("gptq", out, is_lossless)
+
+
+def layout_of(schemes: dict[str, Scheme], options: GptqOptions) -> str:
+    """The checkpoint format, gptq or gptq_v2."""
+    has_zeros = any(not scheme.weights.symmetric for scheme in schemes.values())
+    return options.checkpoint_format or ("gptq_v2" if has_zeros else "gptq")
+
+
+def encoder(model: ModelHandle, layout: str) -> Encode:
+    """Of a linear to the tensors that the layout stores."""
+
+    def pack(qt: QuantizedTensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts = pack_gptq(qt, is_v2=layout == "gptq_v2")
+        return parts, replace(qt, scale=parts["scales"].T).dequantize()
+
+    return packed_by(pack, WHERE, model.dtype)
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: GptqOptions) -> int:
+    """Bytes of the folder, before any work."""
+    layout = layout_of(schemes, options)
+    config = quantization_config(model, schemes, layout)
+    return checkpoint_size(model, schemes, encoder(model, layout), config) + len(json.dumps(config, indent=2))
 
 
 def check_model(model: ModelHandle, options: GptqOptions) -> None:
@@ -125,4 +134,4 @@ def pattern_of(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes, size=size)

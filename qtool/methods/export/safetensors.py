@@ -14,6 +14,7 @@ from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
+from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
@@ -26,8 +27,12 @@ class SafetensorsOptions(Options):
 def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
     """Write the model into `out`; raises QtoolError where more than weights is quantized."""
     check_schemes(model, model.schemes(), options)
-    write_checkpoint(model, out)
-    return describe_folder("safetensors", out, lossless=not model.additions())
+    return describe_folder("safetensors", out, lossless=write_checkpoint(model, out))
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> int:
+    """Bytes of the folder, before any work."""
+    return checkpoint_size(model, schemes)
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> None:
@@ -40,4 +45,6 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Safet
             )
 
 
-METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, holds_additions=True)
+METHOD = Method(
+    run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, size=size, holds_additions=True
+)

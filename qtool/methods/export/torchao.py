@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.layers.quant_linear import QuantLinear
+from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.writer import write_checkpoint
+from qtool.model.sizes import checkpoint_size
+from qtool.model.writer import Describe, Encode, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
 WHERE = "export/torchao"
-CODES, SCALE, ZERO = "._weight_qdata", "._weight_scale", "._weight_zero_point"
+CODES, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 
 
 class TorchaoOptions(Options):
@@ -43,32 +44,45 @@ def torchao(model: ModelHandle, out: Path, options: TorchaoOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    scheme, is_lossless = next(iter(schemes.values())), True
-    names: list[str] = []
+    config, describe = quantization_config(model, schemes), describer(model, next(iter(schemes.values())))
+    is_lossless = write_checkpoint(model, out, encoder(model), config, describe=describe)
+    return describe_folder("torchao", out, is_lossless)
 
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-        nonlocal is_lossless
-        assert layer.low_rank is None and layer.qt.is_plain, f"{name}: the pipeline hands no additions to this export"
-        scale = layer.qt.params().scale.squeeze(-1)  # [out, groups]
-        W = layer.qt.codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)  # [out, groups, group]
-        is_lossless &= torch.equal(W.flatten(1).to(model.dtype), layer.weight_values(model.dtype))
-        zero = torch.zeros(scale.shape, dtype=torch.int8)
-        return {name + CODES: layer.qt.codes, name + SCALE: scale, name + ZERO: zero}
+
+def encoder(model: ModelHandle) -> Encode:
+    """Of a linear to the fields of its Int8Tensor."""
+
+    def pack(qt: QuantizedTensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = qt.params().scale.squeeze(-1)  # [out, groups]
+        W = qt.codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)  # [out, groups, group]
+        return {CODES: qt.codes, SCALE: scale, ZERO: torch.zeros(scale.shape, dtype=torch.int8)}, W.flatten(1)
+
+    return packed_by(pack, WHERE, model.dtype)
+
+
+def describer(model: ModelHandle, scheme: Scheme) -> Describe:
+    """Of the tensors stored to what the files' metadata says of them; the last file's names all that came before."""
+    names: list[str] = []
 
     def describe(tensors: dict[str, Tensor]) -> dict[str, str]:
         found = {}
         for key, tensor in tensors.items():
-            if key.endswith(CODES):
-                groups = tensors[key.removesuffix(CODES) + SCALE].shape[1]
-                facts = facts_of(scheme, tensor.shape[1] // groups, model.dtype)
-                found[f"{key.removesuffix(CODES)}.weight"] = json.dumps(facts)
-            elif not key.endswith((SCALE, ZERO)):
+            name, _, part = key.rpartition(".")
+            if part == CODES:
+                groups = tensors[f"{name}.{SCALE}"].shape[1]
+                found[f"{name}.weight"] = json.dumps(facts_of(scheme, tensor.shape[1] // groups, model.dtype))
+            elif part not in (SCALE, ZERO):
                 found[key] = json.dumps({"_type": "Tensor"})
         names.extend(found)
         return found | {"tensor_names": json.dumps(names)}
 
-    write_checkpoint(model, out, encode, quantization_config(model, schemes), describe=describe)
-    return describe_folder("torchao", out, is_lossless)
+    return describe
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> int:
+    """Bytes of the folder, before any work."""
+    describe = describer(model, next(iter(schemes.values())))
+    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes), describe)
 
 
 def check_model(model: ModelHandle, options: TorchaoOptions) -> None:
@@ -153,5 +167,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    size=size,
     schemes=("w8a16", "w8a16g32", "w8a8"),
 )

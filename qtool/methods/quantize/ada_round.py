@@ -99,4 +99,11 @@ def beta_at(step: int, steps: int) -> float:
     return BETA_LAST + (BETA_FIRST - BETA_LAST) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-METHOD = Method(run=ada_round, options=AdaRoundOptions, scope="linear", needs=("hessian",), rowwise=True)
+def operations(options: AdaRoundOptions, out: int, columns: int) -> float:
+    """Of one linear's updates: a product with H each."""
+    return options.steps * 2 * out * columns**2
+
+
+METHOD = Method(
+    run=ada_round, options=AdaRoundOptions, scope="linear", needs=("hessian",), rowwise=True, operations=operations
+)

@@ -25,14 +25,14 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.power_linear import PowerLinear
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
+from qtool.options import BlockTuning
 from qtool.registry import Method
 
 
-class NupesOptions(SchemeSelection):
+class NupesOptions(SchemeSelection, BlockTuning):
     """Options of NUPES."""
 
     steps: int = Field(200, ge=0, description="updates per block; 0 is PowerQuant")
-    batch: int = Field(8, ge=1, description="windows in one update")
     lr: float | None = Field(None, gt=0, le=1, description="Adam's rate for v in codes, at first; null: 1 / steps")
     exponent_lr: float = Field(1e-3, gt=0, le=1, description="Adam's rate for the exponents, at first")
 

@@ -25,16 +25,16 @@ from qtool.layers.rounded_linear import RoundedLinear, group_values
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
 from qtool.model.tuning import tune, window_errors
+from qtool.options import BlockTuning
 from qtool.registry import Method
 
 START = 4.0  # of a and b
 
 
-class OmniquantOptions(SchemeSelection):
+class OmniquantOptions(SchemeSelection, BlockTuning):
     """Options of OmniQuant's weight clipping."""
 
     steps: int = Field(200, ge=0, description="updates per block; 0 leaves 98 % of each range")
-    batch: int = Field(8, ge=1, description="windows in one update")
     lr: float = Field(0.1, gt=0, le=1, description="AdamW's learning rate of a and b")
 
 

@@ -26,12 +26,13 @@ from qtool.formats.tensor import QuantizedTensor, Salient, quantize
 from qtool.layers.binary_linear import BinaryLinear
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
+from qtool.options import BlockTuning
 from qtool.registry import Method
 
 LEAST_COS = 1e-4  # where log cos is cut off
 
 
-class Ptq161Options(SchemeSelection):
+class Ptq161Options(SchemeSelection, BlockTuning):
     """Options of PTQ1.61; `scheme` is that of the salient columns, w4a16-asym in the paper."""
 
     salient: float = Field(0.2, ge=0, le=0.9, description="share of the columns that are rounded to the scheme")

@@ -22,10 +22,11 @@ from qtool.layers.rounded_linear import RoundedLinear, group_values
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
 from qtool.model.tuning import tune, window_errors
+from qtool.options import BlockTuning
 from qtool.registry import Method
 
 
-class SignRoundOptions(SchemeSelection):
+class SignRoundOptions(SchemeSelection, BlockTuning):
     """Options of SignRound."""
 
     steps: int = Field(200, ge=0, description="updates per block; 0 is rounding to nearest, two bits take 1000")

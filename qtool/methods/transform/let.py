@@ -31,18 +31,17 @@ from qtool.model.handle import Block
 from qtool.model.linear import shape_of
 from qtool.model.tuning import tune, window_errors
 from qtool.model.wiring import Edits, Scaling, edited_bias, edited_weight, largest_per_source, scale_edits
-from qtool.options import Options
+from qtool.options import BlockTuning
 from qtool.registry import Method
 
 SMALLEST = 1e-5  # of a scale at first, so that a dead channel does not divide by zero
 
 
-class LetOptions(Options):
+class LetOptions(BlockTuning):
     """What the weights and inputs will be rounded to, and how to learn."""
 
     scheme: Scheme = Field(description="the scheme of the quantize step that follows")
     steps: int = Field(200, ge=0, description="updates per block; 0 is SmoothQuant, where it helps at all")
-    batch: int = Field(8, ge=1, description="windows in one update")
     lr: float = Field(
         0.01, gt=0, le=1, description="AdamW's learning rate of log s and of d, d in units of its channel's range"
     )

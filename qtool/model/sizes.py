@@ -1,0 +1,73 @@
+"""How large an export will be, before any weight is loaded.
+
+An export's own `encode` packs zeros of each shape and scheme that the model has, once; dense tensors are counted from the
+model's skeleton, files that are copied as they lie there. Bytes of packed tensors grow evenly with `out`, so that a tall
+matrix is told from two flat ones, and a model of any size is planned in little memory.
+"""
+
+import json
+from typing import Any
+
+import torch
+
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import quantize
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.writer import SHARD_BYTES, Describe, Encode, copied_files, settings_of
+
+FLAT = 512  # rows that no packing and no double quantization leaves a remainder of
+ENTRY = 90  # bytes that the header of a safetensors file spends on a tensor beside its name
+CARD = 4096  # bytes that the model card may take
+LINE = 85  # bytes that the manifest, or the index of shards, spends on a file or a tensor
+
+
+def checkpoint_size(
+    model: ModelHandle,
+    schemes: dict[str, Scheme],
+    encode: Encode | None = None,
+    quantization: dict[str, Any] | None = None,
+    describe: Describe | None = None,
+) -> int:
+    """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized; arguments as there."""
+    stored = model.stored_names()
+    dense = {name: p.numel() * model.dtype.itemsize for name, p in model.model.named_parameters() if name in stored}
+    names, tensors = list(dense), sum(dense.values())
+    if encode is not None:
+        packed: dict[object, tuple[int, int]] = {}
+        for name, scheme in schemes.items():
+            shape = model.linear_shape(name)
+            kind = (shape, scheme, len(model.checkpoint.stored_as(name)))
+            if kind not in packed:
+                packed[kind] = packed_size(name, shape, scheme, encode, describe)
+            n_bytes, n_tensors = packed[kind]
+            tensors += n_bytes - dense[f"{name}.weight"]
+            names += [name] * (n_tensors - 1)
+    listed = sum(len(name) + ENTRY for name in names)
+    if tensors > SHARD_BYTES:
+        listed += sum(len(name) + LINE for name in names)
+    return tensors + listed + settings_size(model, quantization)
+
+
+def packed_size(
+    name: str, shape: tuple[int, int], scheme: Scheme, encode: Encode, describe: Describe | None
+) -> tuple[int, int]:
+    """(bytes, number) of the tensors of one quantized linear of shape (out, in), with what is said of them."""
+
+    def measure(out: int) -> tuple[int, int]:
+        zeros = quantize(torch.zeros(out, shape[1]), scheme.weights)
+        tensors, _ = encode(name, QuantLinear(zeros, None, scheme.activations))
+        words = {} if describe is None else describe(tensors)
+        return sum(tensor.nbytes for tensor in tensors.values()) + len(json.dumps(words)), len(tensors)
+
+    if shape[0] <= 2 * FLAT:
+        return measure(shape[0])
+    (first, _), (second, count) = measure(FLAT), measure(2 * FLAT)
+    return first + (second - first) * (shape[0] - FLAT) // FLAT, count
+
+
+def settings_size(model: ModelHandle, quantization: dict[str, Any] | None = None) -> int:
+    """Bytes of what stands beside the weights, the manifest among it."""
+    files = copied_files(model)
+    listed = sum(len(path.name) + LINE for path in files)
+    return sum(path.stat().st_size for path in files) + len(settings_of(model, quantization)) + listed + 2 * LINE + CARD

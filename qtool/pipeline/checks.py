@@ -1,0 +1,90 @@
+"""What is known to fail before any weight is loaded, and what a recipe will make of a model's linears."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from qtool.errors import QtoolError
+from qtool.formats.allocation import SearchOptions
+from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.model.handle import ModelHandle
+from qtool.options import Selection
+from qtool.pipeline.blockwise import check_selection
+from qtool.pipeline.search import check_covered, check_search
+from qtool.recipe import Recipe, Step
+
+
+def check_recipe(recipe: Recipe) -> ModelHandle:
+    """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
+    model, search = ModelHandle(recipe.model), None
+    for step in recipe.steps:
+        check_step(step, model, search)
+        search = step if step.method.kind == "search" else search
+    check_exports(recipe.steps, model)
+    return model
+
+
+def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:
+    """What can be known to fail without a weight: patterns that match nothing, groups that do not divide.
+
+    `search` is the latest search step before this one.
+    """
+    options = step.options
+    with located(step):
+        if isinstance(options, SearchOptions):
+            check_search(model, step.method, options)
+        elif isinstance(options, SchemeSelection) and options.scheme == "search":
+            assert search is not None, "the recipe check asks for a search step before scheme: search"
+            assert isinstance(search.options, SearchOptions), f"{search.key}: options of a search are SearchOptions"
+            check_covered(model, step.method, options, search.options)
+        elif isinstance(options, Selection):
+            check_selection(model, step.method, options)
+    if step.method.check is not None:
+        with located(step):
+            step.method.check(model, step.options)
+
+
+def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
+    """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears."""
+    for index, step in enumerate(steps):
+        if step.method.holds is not None:
+            for schemes in planned_schemes(model, steps[:index]):
+                with located(step):
+                    step.method.holds(model, schemes, step.options)
+
+
+@contextlib.contextmanager
+def located(step: Step) -> Iterator[None]:
+    """Put the recipe's file and line before a step's error, one of memory among them."""
+    try:
+        yield
+    except QtoolError as error:
+        raise QtoolError(f"{step.where}: {error}") from error
+    except RuntimeError as error:  # torch's own, for a GPU's memory of a class of its own, for the host's of none
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        raise QtoolError(
+            f"{step.where}: {step.key}: the memory does not suffice ({str(error).splitlines()[0][:200]}); use fewer or "
+            "shorter samples, true_sequential: false where the step has it, or a machine with more"
+        ) from error
+
+
+def planned_schemes(model: ModelHandle, steps: Sequence[Step]) -> Iterator[dict[str, Scheme]]:
+    """What each quantized linear, by its full name, is stored in after `steps`.
+
+    One plan; where a search decides, one for each of its candidates, taken for all linears alike. What a method chooses by
+    itself, such as the group, stands as the recipe has it.
+    """
+    searches = [step.options.candidates for step in steps if isinstance(step.options, SearchOptions)]
+    for candidate in searches[-1] if searches else (None,):
+        schemes = model.schemes()
+        for step in steps:
+            options = step.options
+            if step.method.kind != "quantize" or not isinstance(options, SchemeSelection):
+                continue
+            if options.scheme == "search":
+                options = options.model_copy(update={"scheme": candidate})
+            chosen = {name: options.scheme_of(name) for name in model.linear_names()}
+            schemes |= {name: scheme for name, scheme in chosen.items() if scheme is not None}
+        yield schemes

@@ -1,0 +1,77 @@
+"""What a recipe will make of a model, known before any weight is loaded: exports that cannot hold it refuse at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qtool.errors import QtoolError
+from qtool.model.handle import ModelHandle
+from qtool.pipeline.checks import planned_schemes
+from qtool.pipeline.run import run_recipe
+from qtool.progress import Silent
+from qtool.recipe import Recipe, load
+
+TinyModel = Callable[..., Path]
+TEXT = {"calibrate/text": {"source": "demo:calibration", "samples": 4, "length": 32}}
+SEARCH = {"search/mixed_precision": {"budget": 4.6, "candidates": ["w4a16g32", "nf4g32"]}}
+
+
+def recipe(model: Path, tmp_path: Path, *steps: dict[str, object]) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": str(model), "pipeline": [TEXT, *steps]}))
+    return load(path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused"),
+    [
+        ([{"quantize/rtn": {"scheme": "nf4g32"}}], "nf4g32: this export holds whole numbers"),
+        ([{"quantize/rtn": {"scheme": "w4a16g32", "modules": {"*.o_proj": "w4a16g32-asymf16"}}}], r"o_proj: w4a16g32-asymf16"),
+        ([SEARCH, {"quantize/rtn": {"scheme": "search"}}], "nf4g32: this export holds whole numbers"),
+        ([{"quantize/rtn": {"scheme": "w4a16g32-ic"}}], "w4a16g32-ic: this export holds plain scales along `in`"),
+        ([], "no linear is quantized"),
+    ],
+)
+def test_an_export_refuses_what_it_cannot_hold_before_any_work(
+    steps: list[dict[str, object]], refused: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    made = recipe(tiny_model("llama"), tmp_path, *steps, {"export/compressed_tensors": None})
+    with pytest.raises(QtoolError, match=f"recipe.yaml:.*{refused}"):
+        run_recipe(made, tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "refused"),
+    [
+        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {}, "nf4g32: no type has this grid; .* type: one of f32, .*, q6_k"),
+        ([SEARCH, {"quantize/rtn": {"scheme": "search"}}], {}, "nf4g32: no type has this grid"),
+        ([{"quantize/rtn": {"scheme": "w8a8"}}], {"type": "q8_0"}, "w8a8: llama.cpp rounds activations in its own way"),
+        ([{"quantize/rtn": {"scheme": "nf4g32"}}], {"type": "q4_k"}, "64 columns do not divide into q4_k's blocks of 256"),
+    ],
+)
+def test_a_gguf_file_refuses_what_it_cannot_hold_before_any_work(
+    steps: list[dict[str, object]], options: dict[str, str], refused: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    made = recipe(tiny_model("llama"), tmp_path, *steps, {"export/gguf": options})
+    with pytest.raises(QtoolError, match=f"recipe.yaml:.*{refused}"):
+        run_recipe(made, tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_is_what_the_run_makes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    steps = [
+        {"quantize/rtn": {"scheme": "w4a16g32", "modules": {"*.down_proj": "w8a8"}, "ignore": ["lm_head", "*.q_proj"]}},
+        {"quantize/rtn": {"scheme": "nf4g64", "ignore": ["*_proj"]}},
+        {"export/safetensors": None},
+    ]
+    made = recipe(folder, tmp_path, *steps)
+    model = ModelHandle(made.model)
+    (planned,) = planned_schemes(model, made.steps[:2])
+    run_recipe(recipe(folder, tmp_path, steps[0]), tmp_path / "out", Silent())
+    changes = tuple(sorted(path.parent for path in (tmp_path / "out" / "state").glob("*/block_000.safetensors")))
+    assert planned == ModelHandle(made.model, changes).schemes()
+    assert {str(scheme) for scheme in planned.values()} == {"w4a16g32", "w8a8"}
