@@ -32,8 +32,8 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "linalg": (1, {"torch", "pydantic"}),
     "kernels": (2, {"torch", "cupy"}),
     "layers": (3, {"torch"}),
-    # accelerate and huggingface_hub are what transformers itself loads models with.
-    "model": (4, {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "greenlet"}),
+    # accelerate and huggingface_hub are what transformers itself loads models with; onnx writes and reads one format.
+    "model": (4, {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "greenlet", "onnx"}),
     "calibration": (4, {"torch", "datasets", "pyarrow", "pydantic"}),
     "artifact": (4, set()),
     "registry": (5, set()),
@@ -46,7 +46,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "__main__": (8, set()),
 }
 # Imported inside a function only, so that what does not use it does not pay for it.
-INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow")}
+INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow"), ("model", "onnx")}
 KINDS_WITH_A_LIBRARY = ("calibrate", "search", "evaluate", "export")  # one outside library each, inside a function
 # registry.laws hands out the tests of a kind; they build models, and listing methods must not import torch.
 UPWARD = {("registry", "laws")}

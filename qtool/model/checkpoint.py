@@ -1,7 +1,7 @@
-"""Checkpoint: the tensors of a safetensors or GGUF folder, read one block at a time under the names transformers uses.
+"""Checkpoint: the tensors of a safetensors, GGUF or ONNX folder, read one block at a time under the names transformers uses.
 
 Checkpoint keys become parameter names through transformers' own conversion mapping, so a mixture's per-expert keys
-arrive as the fused tensor that the module holds. Nothing but safetensors and GGUF is read: a pickle can run code.
+arrive as the fused tensor that the module holds. Nothing but these is read: a pickle can run code.
 Why a GGUF file is read as dense tensors, and not by a reader of quantized linears: its types hold more than qtool's schemes can
 say, and dense values are what a linear of codes multiplies by too, so what is measured is the same.
 """
@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qtool.errors import QtoolError
 from qtool.model.gguf import GGUF
 from qtool.model.gguf_names import GgufFile
+from qtool.model.onnx_file import DATA, ONNX, OnnxFile
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # torch.isfinite takes none of them
 EXPERT = re.compile(r"(.+\.experts)\.(gate_up|down)\.(\d+)")  # a linear of layers/experts.py by its full name
@@ -37,18 +38,20 @@ def find_files(folder: Path) -> dict[str, Path]:
             raise QtoolError(f"{index}: {outside[0]} lies outside the folder")
         return {key: folder / name for key, name in weight_map.items()}
     single = folder / "model.safetensors"
-    if not single.is_file() and (folder / GGUF).is_file():
-        single = folder / GGUF
+    if not single.is_file():
+        single = next((folder / name for name in (GGUF, DATA) if (folder / name).is_file()), single)
     if not single.is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         why = f"only {pickled[0]}, a pickle that could run code; convert it to safetensors" if pickled else "no weights"
-        raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors, its index, or {GGUF}")
+        raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors, its index, {GGUF}, or {ONNX} with {DATA}")
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
-def open_tensors(path: Path) -> GgufFile | safe_open:
-    """Open a safetensors or GGUF file; raises QtoolError where it is neither, missing or truncated."""
+def open_tensors(path: Path) -> GgufFile | OnnxFile | safe_open:
+    """Open a safetensors file, a GGUF file or ONNX data; raises QtoolError where it is none, missing or truncated."""
+    if path.name == DATA:
+        return OnnxFile(path)
     return GgufFile(path) if path.suffix == ".gguf" else open_file(path)
 
 
@@ -66,6 +69,7 @@ class Checkpoint:
     """Reads parameters by transformers' names; owns no tensor."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.folder = folder
         files = find_files(folder)
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -78,6 +82,11 @@ class Checkpoint:
             if target not in names and key in names:
                 target, pattern = key, None
             self._sources.setdefault(target, []).append((key, pattern, path))
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the folder is an ONNX one, whose graph says what is quantized."""
+        return any(path.name == DATA for sources in self._sources.values() for _, _, path in sources)
 
     @property
     def names(self) -> list[str]:

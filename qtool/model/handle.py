@@ -173,6 +173,8 @@ class ModelHandle:
             model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust)
         self.model: PreTrainedModel = model.eval()
         self.checkpoint = Checkpoint(self.folder, self.model)
+        if self.quantization is None and self.checkpoint.is_onnx:
+            self.quantization = {"quant_method": "onnx"}
         self._separate_experts()
         self.blocks_name, self._skeletons = self._find_blocks()
         for module in self.model.modules():

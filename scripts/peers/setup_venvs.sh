@@ -37,6 +37,10 @@ for requirement in auto-round==0.16.1 bitsandbytes==0.50.2 hqq==0.2.8.post1 nvid
     install "peer-${tool#nvidia-}" "$torch" "${common[@]}" "${latest[@]}" requests==2.34.2 "$requirement"  # modelopt imports requests
 done
 
+# onnxruntime needs nothing of these; what checks it holds tensors in torch.
+install peer-onnxruntime "$torch"
+install peer-onnxruntime "$torch" numpy==2.4.6 safetensors==0.8.0 onnxruntime==1.31.1
+
 # llama.cpp is compiled, in minutes; it reads files and needs no torch.
 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" install peer-llama-cpp llama-cpp-python==0.3.36 numpy==2.4.6
 

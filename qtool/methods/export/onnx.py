@@ -1,0 +1,128 @@
+"""An ONNX model that onnxruntime runs: quantized weights as codes, attention with a cache of earlier tokens.
+
+model.onnx is the graph, model.onnx.data holds its tensors; beside them stand config.json and the tokenizer's files. Inputs and
+outputs have the names that optimum gives them (see qtool/model/onnx_graph.py; layouts: formats/onnx_layouts.py).
+    w2, w4, w8 in groups of 16 to 256    matmul_nbits: MatMulNBits, onnxruntime's own operator
+                                         qdq: DequantizeLinear and MatMul, ONNX's own
+    w2, w4, w8 with a scale for a row    qdq in either layout
+MatMulNBits' accuracy_level is 1, inputs and sums in float32, unless 4 is asked for: inputs rounded to 8 bits, which moves a
+linear's outputs by half a percent, and which no measurement of qtool's sees. w4 is about as fast with 1; w2 and w8 take ten
+times as long for a token with 1, as onnxruntime 1.31 has no kernel for them (measured with AVX-512 VNNI). onnxruntime turns
+qdq into MatMulNBits too when it loads, and there its session option session.qdq_matmulnbits_accuracy_level decides, which is
+4 unless set. w2 in qdq asks for opset 25 (INT2), all else for opset 21.
+All is computed in float32, as onnxruntime's CPU kernels do, whatever the model's dtype; dense tensors are stored in that dtype
+and widened on loading, scales are stored in float32, which holds every dtype's. So `lossless` speaks of every stored number;
+sums of a bfloat16 model are nearer to the exact ones here.
+Source: ONNX 1.23, https://onnx.ai/onnx, and onnxruntime 1.31, docs/ContribOperators.md (com.microsoft.MatMulNBits).
+For: onnxruntime on CPUs and what is built on it, such as optimum; llama, mistral, qwen2 and qwen3 models. pip install
+qtool[onnx].
+Costs: writing the file; onnxruntime keeps a dense head in 32 bits a weight.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.formats.onnx_layouts import ONNX_BITS, ONNX_GROUPS, Layout, Part, form_of, pack, unpack
+from qtool.formats.scheme import Scheme
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.kernel_limits import head_name
+from qtool.model.onnx_file import OnnxWriter, dense, require_onnx
+from qtool.model.onnx_graph import build_graph, check_family
+from qtool.model.writer import unit_tensors, write_settings
+from qtool.options import Options
+from qtool.registry import Method
+
+WHERE = "export/onnx"
+
+
+class OnnxOptions(Options):
+    layout: Layout = Field(
+        "matmul_nbits",
+        description="how quantized linears in groups are written: matmul_nbits, onnxruntime's own operator; qdq, "
+        "DequantizeLinear and MatMul, which other runtimes read too",
+    )
+    accuracy_level: Literal[1, 4] = Field(
+        1,
+        description="MatMulNBits' own: 1, inputs and sums in float32; 4, inputs rounded to 8 bits, ten times as fast for w2 "
+        "and w8; qdq has none",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> "OnnxOptions":
+        if self.layout == "qdq" and self.accuracy_level != 1:
+            raise ValueError("accuracy_level is MatMulNBits'; with qdq the session that loads the file decides, leave it away")
+        return self
+
+
+def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError, before anything is written, for what the graph cannot compute."""
+    schemes = model.schemes()
+    check_model(model, options)
+    check_schemes(model, schemes, options)
+    forms = {name: form_of(scheme.weights, model.linear_shape(name), options.layout) for name, scheme in schemes.items()}
+    graph, writer = build_graph(model, forms, options.accuracy_level), OnnxWriter(out)
+    parts: dict[str, Part] = {}  # of the quantized linears in memory
+    changed: list[str] = []
+
+    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+        assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
+        own = pack(layer.qt, options.layout)
+        if not torch.equal(unpack(own, forms[name], layer.scheme).dequantize(), layer.weight_values(torch.float32)):
+            changed.append(name)
+        parts.update({f"{name}.{part}": value for part, value in own.items()})
+        return {f"{name}.{part}": value.data for part, value in own.items()}
+
+    for unit in unit_tensors(model, encode, fuses_experts=False):
+        while unit:  # so that nothing is left of a block when the next is loaded
+            name, tensor = unit.popitem()
+            writer.add(name, parts.pop(name) if name in parts else dense(tensor))
+    writer.close(graph)
+    write_settings(model, out)
+    return describe_folder("onnx", out, lossless=not changed)
+
+
+def check_model(model: ModelHandle, options: OnnxOptions) -> None:
+    """Raise QtoolError, before any work, for a model that has no graph here, and where onnx is not installed."""
+    try:
+        require_onnx()
+        check_family(model)
+    except QtoolError as error:
+        raise QtoolError(f"{WHERE}: {error}") from error
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: OnnxOptions) -> None:
+    """Raise QtoolError for what the operators do not decode."""
+    for name, scheme in schemes.items():
+        where, weights = f"{WHERE}: {name}: {scheme}", scheme.weights
+        if weights.format != "int":
+            raise QtoolError(f"{where}: this export holds whole numbers; quantize to w4a16g32, or use export/safetensors")
+        if weights.double_quant or weights.group_along != "out_channel":
+            raise QtoolError(f"{where}: this export holds plain scales along `in`; use export/safetensors")
+        if weights.zero_dtype != "int":
+            raise QtoolError(f"{where}: zero points must be codes, as in w4a16g128-asym; use that, or export/safetensors")
+        if scheme.activations is not None or scheme.kv is not None:
+            raise QtoolError(f"{where}: weights alone can be held; quantize to {weights}, or use export/compressed_tensors")
+        if weights.bits not in ONNX_BITS:
+            raise QtoolError(f"{where}: kernels take 2, 4 or 8 bits; quantize so, or use export/compressed_tensors")
+        if weights.group not in (None, *ONNX_GROUPS):
+            words = ", ".join(map(str, ONNX_GROUPS))
+            raise QtoolError(f"{where}: kernels take groups of {words} or a whole row; quantize so, or use export/safetensors")
+        if model.is_tied and name == head_name(model):
+            raise QtoolError(f"{WHERE}: {name}: a head that is the embedding has no codes of its own; add it to ignore")
+
+
+METHOD = Method(
+    run=onnx,
+    options=OnnxOptions,
+    scope="model",
+    check=check_model,
+    holds=check_schemes,
+    schemes=("w4a16g32", "w4a16g32-asym", "w8a16"),
+)
