@@ -98,6 +98,16 @@ class BlockTuning(Options):
     batch: int = Field(8, ge=1, description="windows in one update")
 
 
+class ExportOptions(Options):
+    """Options of every export."""
+
+    runtime: str | None = Field(
+        None,
+        description="the runtime that must serve the export, such as vllm: refused before any work where it cannot; null: any; "
+        "qtool plan tells of all",
+    )
+
+
 class Curvature(Selection):
     """Options of a method that reads what changes of a linear's output cost the predictions."""
 

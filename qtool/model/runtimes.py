@@ -144,23 +144,21 @@ def load_table() -> tuple[Serving, ...]:
 
 def servings(export: str, model: ModelHandle, schemes: dict[str, Scheme]) -> list[tuple[Serving, str | None]]:
     """Every entry of an export (gguf, gptq, ...) with its refusal of the model, None where it is served."""
-    return [(entry, refusals(entry, model, schemes)) for entry in load_table() if entry.export == export]
+    return [(entry, refusal(entry, model, schemes)) for entry in load_table() if entry.export == export]
 
 
-def refusals(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme]) -> str | None:
+def refusal(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme]) -> str | None:
     """Why a runtime does not serve the model with these schemes, {full name of a quantized linear: scheme}; None where it does.
 
     The first reason found: which linear, what it is against what must be, how to put it right.
     """
-    where = f"{entry}, export/{entry.export}"
     if entry.reason:
-        return f"{where}: {entry.reason}"
+        return entry.reason
     kind = str(model.config.model_type)
     if entry.architectures is not None and kind not in entry.architectures:
-        return f"{where}: {kind} models are not served; use another export, or another runtime"
+        return f"{kind} models are not served; use another export, or another runtime"
     units = fused_units(model.linear_names()) if entry.joins else {}
-    found = _refused_linear(entry, model, schemes, units) or _refused_unit(entry, schemes, units)
-    return None if found is None else f"{where}: {found}"
+    return _refused_linear(entry, model, schemes, units) or _refused_unit(entry, schemes, units)
 
 
 def _refused_linear(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], units: dict[str, list[str]]) -> str | None:

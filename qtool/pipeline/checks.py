@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
-from qtool.options import Selection
+from qtool.model.runtimes import servings
+from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import Recipe, Step
@@ -52,6 +53,23 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
                     step.method.holds(model, schemes, step.options)
+                    check_runtime(model, step, schemes)
+
+
+def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where the runtime that an export's options ask for does not serve these schemes."""
+    if not isinstance(step.options, ExportOptions) or (wanted := step.options.runtime) is None:
+        return
+    found = servings(step.key.removeprefix("export/"), model, schemes)
+    asked = [(entry, why) for entry, why in found if entry.runtime == wanted]
+    if not asked:
+        known = list(dict.fromkeys(entry.runtime for entry, _ in found))
+        raise QtoolError(
+            f'{step.key}: runtime: nothing is known of "{wanted}" and this export{nearest(wanted, known)}'
+        )
+    if all(why is not None for _, why in asked):
+        entry, why = asked[0]
+        raise QtoolError(f"{step.key}: {entry} does not serve it: {why}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from qtool.formats.scheme import Scheme
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import head_name
-from qtool.model.runtimes import ServedSchemes, Serving, load_table, refusals, servings
+from qtool.model.runtimes import ServedSchemes, Serving, load_table, refusal, servings
 from qtool.options import ModelOptions
 
 TinyModel = Callable[..., Path]
@@ -120,19 +120,19 @@ def test_an_export_takes_every_scheme_that_a_runtime_is_said_to_serve(export: st
 
 def test_a_runtime_that_serves_nothing_says_why(llama: ModelHandle) -> None:
     entry = serving(schemes=(), reason="it has no loader; use export/awq")
-    assert refusals(entry, llama, schemes_of(llama, others="w4a16g32")) == "it 1, export/gptq: it has no loader; use export/awq"
-    refused = {str(e): refusal for e, refusal in servings("torchao", llama, schemes_of(llama, others="w8a16"))}
+    assert refusal(entry, llama, schemes_of(llama, others="w4a16g32")) == "it has no loader; use export/awq"
+    refused = {str(e): why for e, why in servings("torchao", llama, schemes_of(llama, others="w8a16"))}
     assert refused.pop("sglang 0.5.23") == (
-        "sglang 0.5.23, export/torchao: it has no loader for torchao's checkpoints; use export/compressed_tensors"
+        "it has no loader for torchao's checkpoints; use export/compressed_tensors"
     )
     assert refused == {"transformers 5.23.0 with torchao 0.18.0": None, "vllm 0.33.0 with torchao 0.18.0": None}
 
 
 def test_other_architectures_are_refused(llama: ModelHandle) -> None:
     schemes = schemes_of(llama, others="w4a16g32")
-    assert refusals(serving(architectures=("llama", "qwen2")), llama, schemes) is None
-    assert refusals(serving(architectures=("qwen2",)), llama, schemes) == (
-        "it 1, export/gptq: llama models are not served; use another export, or another runtime"
+    assert refusal(serving(architectures=("llama", "qwen2")), llama, schemes) is None
+    assert refusal(serving(architectures=("qwen2",)), llama, schemes) == (
+        "llama models are not served; use another export, or another runtime"
     )
 
 
@@ -162,47 +162,47 @@ def test_a_scheme_is_held_against_what_is_served(
     scheme: str, served: dict[str, object], words: str, llama: ModelHandle
 ) -> None:
     entry = serving(schemes=({"format": "int", "bits": (4,), "groups": (32, 64)} | served,))
-    refusal = refusals(entry, llama, schemes_of(llama, others=scheme))
-    assert refusal is not None
-    where = f"it 1, export/gptq: {ATTENTION}.q_proj: {Scheme.model_validate(scheme)}: "
-    assert refusal.startswith(where) and words in refusal and refusal.endswith("; quantize so, or use another export")
+    why = refusal(entry, llama, schemes_of(llama, others=scheme))
+    assert why is not None
+    where = f"{ATTENTION}.q_proj: {Scheme.model_validate(scheme)}: "
+    assert why.startswith(where) and words in why and why.endswith("; quantize so, or use another export")
 
 
 def test_asymmetric_inputs_are_served_where_the_table_says_so(llama: ModelHandle) -> None:
     scheme = Scheme.model_validate({"weights": {"bits": 8}, "activations": {"bits": 8, "symmetric": False}})
     schemes = dict.fromkeys(schemes_of(llama, others="w8a8"), scheme)
-    refused = {entry.runtime: refusal for entry, refusal in servings("compressed_tensors", llama, schemes)}
+    refused = {entry.runtime: why for entry, why in servings("compressed_tensors", llama, schemes)}
     assert refused["vllm"] is None
     assert "its input's zero points are not served; make activations symmetric" in str(refused["sglang"])
 
 
 def test_the_nearest_row_of_the_same_format_gives_the_reason(llama: ModelHandle) -> None:
     rows = ({"format": "int", "bits": (4, 8), "groups": (32, 64)}, {"format": "e4m3", "bits": (8,), "groups": (0,)})
-    assert refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3")) is None
-    refusal = refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3g64"))
-    assert refusal is not None and "layers.0.mlp.down_proj: e4m3g64: its groups are of 64, must be of a whole row" in refusal
+    assert refusal(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3")) is None
+    why = refusal(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="e4m3g64"))
+    assert why is not None and "layers.0.mlp.down_proj: e4m3g64: its groups are of 64, must be of a whole row" in why
 
 
 def test_inputs_and_outputs_are_counted(llama: ModelHandle) -> None:
     schemes = schemes_of(llama, others="w4a16g32")
     row = {"format": "int", "bits": (4,), "groups": (32,)}
-    assert refusals(serving(schemes=(row | {"in_multiple": 64, "out_multiple": 32},)), llama, schemes) is None
-    refusal = refusals(serving(schemes=(row | {"in_multiple": 128},)), llama, schemes)
-    assert refusal is not None and "q_proj: w4a16g32: it has 64 inputs, must have a multiple of 128" in refusal
-    refusal = refusals(serving(schemes=(row | {"out_multiple": 64},)), llama, schemes)
-    assert refusal is not None and "k_proj: w4a16g32: it has 32 outputs, must have a multiple of 64" in refusal
+    assert refusal(serving(schemes=(row | {"in_multiple": 64, "out_multiple": 32},)), llama, schemes) is None
+    why = refusal(serving(schemes=(row | {"in_multiple": 128},)), llama, schemes)
+    assert why is not None and "q_proj: w4a16g32: it has 64 inputs, must have a multiple of 128" in why
+    why = refusal(serving(schemes=(row | {"out_multiple": 64},)), llama, schemes)
+    assert why is not None and "k_proj: w4a16g32: it has 32 outputs, must have a multiple of 64" in why
 
 
 def test_joined_linears_count_their_outputs_together(llama: ModelHandle) -> None:
     row = {"format": "int", "bits": (4,), "groups": (32,), "out_multiple": 64}  # q, k and v: 64 + 32 + 32
-    assert refusals(serving(schemes=(row,), fused_alike=True), llama, schemes_of(llama, others="w4a16g32")) is None
+    assert refusal(serving(schemes=(row,), fused_alike=True), llama, schemes_of(llama, others="w4a16g32")) is None
 
 
 def test_a_quantized_head_is_refused_where_it_must_be_dense(llama: ModelHandle) -> None:
     schemes = schemes_of(llama, others="w4a16g32", lm_head="w4a16g32")
-    assert refusals(serving(head=True), llama, schemes) is None
-    assert refusals(serving(), llama, schemes) == (
-        "it 1, export/gptq: lm_head: w4a16g32: the head must be dense; add it to ignore, or use another export"
+    assert refusal(serving(head=True), llama, schemes) is None
+    assert refusal(serving(), llama, schemes) == (
+        "lm_head: w4a16g32: the head must be dense; add it to ignore, or use another export"
     )
 
 
@@ -210,36 +210,36 @@ def test_experts_are_served_where_entry_and_row_say_so(tiny_model: TinyModel) ->
     model = handle(tiny_model("mixtral"))
     row = {"format": "int", "bits": (4,), "groups": (32,)}
     schemes = schemes_of(model, others="w4a16g32")
-    assert refusals(serving(experts=True, schemes=(row | {"experts": True},)), model, schemes) is None
-    refusal = refusals(serving(schemes=(row | {"experts": True},)), model, schemes)
-    assert refusal is not None and "experts.gate_up.0: w4a16g32: experts must be dense; add *.experts.* to ignore" in refusal
-    refusal = refusals(serving(experts=True, schemes=(row,)), model, schemes)
-    assert refusal is not None and "experts.gate_up.0: w4a16g32: it belongs to an expert" in refusal
+    assert refusal(serving(experts=True, schemes=(row | {"experts": True},)), model, schemes) is None
+    why = refusal(serving(schemes=(row | {"experts": True},)), model, schemes)
+    assert why is not None and "experts.gate_up.0: w4a16g32: experts must be dense; add *.experts.* to ignore" in why
+    why = refusal(serving(experts=True, schemes=(row,)), model, schemes)
+    assert why is not None and "experts.gate_up.0: w4a16g32: it belongs to an expert" in why
     dense = {name: scheme for name, scheme in schemes.items() if EXPERT.fullmatch(name) is None}
-    assert refusals(serving(schemes=(row,)), model, dense) is None
+    assert refusal(serving(schemes=(row,)), model, dense) is None
 
 
 def test_joined_linears_have_one_scheme(llama: ModelHandle) -> None:
     schemes = schemes_of(llama, others="w4a16g32", k_proj="w4a16g64")
-    assert refusals(serving(), llama, schemes) is None
-    assert refusals(serving(fused_alike=True), llama, schemes) == (
-        f"it 1, export/gptq: {ATTENTION}: q_proj w4a16g32, k_proj w4a16g64, v_proj w4a16g32; it joins them as qkv_proj, which "
+    assert refusal(serving(), llama, schemes) is None
+    assert refusal(serving(fused_alike=True), llama, schemes) == (
+        f"{ATTENTION}: q_proj w4a16g32, k_proj w4a16g64, v_proj w4a16g32; it joins them as qkv_proj, which "
         "has one scheme: give them one"
     )
     others = schemes_of(llama, others="w4a16g32", down_proj="w4a16g64", o_proj="w4a16g64")
-    assert refusals(serving(fused_alike=True), llama, others) is None
+    assert refusal(serving(fused_alike=True), llama, others) is None
 
 
 def test_joined_linears_are_dense_together_or_not_at_all(llama: ModelHandle) -> None:
     one = schemes_of(llama, others="w4a16g32", up_proj=None)
     both = schemes_of(llama, others="w4a16g32", up_proj=None, gate_proj=None)
-    assert refusals(serving(fused_alike=True), llama, one) is None
-    refusal = refusals(serving(fused_dense="whole"), llama, one)
-    assert refusal is not None and "mlp: gate_proj w4a16g32, up_proj dense; it joins them as gate_up_proj" in refusal
-    assert refusals(serving(fused_dense="whole"), llama, both) is None
-    refusal = refusals(serving(fused_dense="never"), llama, both)
-    assert refusal is not None and "gate_proj dense, up_proj dense; it joins them as gate_up_proj, which must be" in refusal
-    assert refusals(serving(fused_dense="never"), llama, {}) is None
+    assert refusal(serving(fused_alike=True), llama, one) is None
+    why = refusal(serving(fused_dense="whole"), llama, one)
+    assert why is not None and "mlp: gate_proj w4a16g32, up_proj dense; it joins them as gate_up_proj" in why
+    assert refusal(serving(fused_dense="whole"), llama, both) is None
+    why = refusal(serving(fused_dense="never"), llama, both)
+    assert why is not None and "gate_proj dense, up_proj dense; it joins them as gate_up_proj, which must be" in why
+    assert refusal(serving(fused_dense="never"), llama, {}) is None
 
 
 def test_a_scheme_that_must_stand_alone_is_refused_among_others(llama: ModelHandle) -> None:
@@ -247,9 +247,9 @@ def test_a_scheme_that_must_stand_alone_is_refused_among_others(llama: ModelHand
         {"format": "int", "bits": (4,), "groups": (32,)},
         {"format": "int", "bits": (4,), "groups": (32,), "symmetric": (False,), "alone": True},
     )
-    assert refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32-asym")) is None
-    refusal = refusals(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="w4a16g32-asym"))
-    assert refusal is not None and refusal.endswith(
+    assert refusal(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32-asym")) is None
+    why = refusal(serving(schemes=rows), llama, schemes_of(llama, others="w4a16g32", down_proj="w4a16g32-asym"))
+    assert why is not None and why.endswith(
         "down_proj: w4a16g32-asym: all quantized linears must have this scheme, or none; give them one"
     )
 
@@ -257,9 +257,9 @@ def test_a_scheme_that_must_stand_alone_is_refused_among_others(llama: ModelHand
 def test_all_schemes_are_served_but_those_named(llama: ModelHandle) -> None:
     row = {"format": "e2m1", "bits": (4,), "groups": (32,), "scale_dtypes": ("float8_e8m0fnu",)}
     entry = serving(schemes=(), all_schemes=True, but=(row,))
-    assert refusals(entry, llama, schemes_of(llama, others="w3a16g32-dq")) is None
-    refusal = refusals(entry, llama, schemes_of(llama, others="w4a16g32", o_proj="mxfp4"))
-    assert refusal is not None and "o_proj: mxfp4: it serves other schemes, not this one" in refusal
+    assert refusal(entry, llama, schemes_of(llama, others="w3a16g32-dq")) is None
+    why = refusal(entry, llama, schemes_of(llama, others="w4a16g32", o_proj="mxfp4"))
+    assert why is not None and "o_proj: mxfp4: it serves other schemes, not this one" in why
 
 
 @pytest.mark.parametrize(
@@ -284,5 +284,4 @@ def test_what_the_table_says_of_a_small_llama(
     export: str, schemes: dict[str, str | None], runtimes: set[str], llama: ModelHandle
 ) -> None:
     found = servings(export, llama, schemes_of(llama, **schemes))
-    assert {entry.runtime for entry, refusal in found if refusal is None} == runtimes
-    assert all(refusal.startswith(f"{entry}, export/{export}: ") for entry, refusal in found if refusal is not None)
+    assert {entry.runtime for entry, why in found if why is None} == runtimes

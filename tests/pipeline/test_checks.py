@@ -8,7 +8,7 @@ import yaml
 
 from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
-from qtool.pipeline.checks import planned_schemes
+from qtool.pipeline.checks import check_recipe, planned_schemes
 from qtool.pipeline.run import run_recipe
 from qtool.progress import Silent
 from qtool.recipe import Recipe, load
@@ -75,3 +75,18 @@ def test_the_plan_is_what_the_run_makes(tiny_model: TinyModel, tmp_path: Path) -
     changes = tuple(sorted(path.parent for path in (tmp_path / "out" / "state").glob("*/block_000.safetensors")))
     assert planned == ModelHandle(made.model, changes).schemes()
     assert {str(scheme) for scheme in planned.values()} == {"w4a16g32", "w8a8"}
+
+
+def test_an_export_is_refused_where_the_runtime_asked_for_cannot_serve_it(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama", dtype="bfloat16", hidden_size=128, intermediate_size=256)
+
+    def checked(scheme: str, runtime: str) -> None:
+        steps: list[dict[str, object]] = [{"quantize/rtn": {"scheme": scheme}}, {"export/gptq": {"runtime": runtime}}]
+        check_recipe(recipe(folder, tmp_path, *steps))
+
+    checked("w4a16g32", "vllm")
+    checked("w3a16g32", "gptqmodel")
+    with pytest.raises(QtoolError, match=r"export/gptq: vllm .* does not serve it: .*w3a16g32.*; quantize so"):
+        checked("w3a16g32", "vllm")
+    with pytest.raises(QtoolError, match='nothing is known of "vlm" and this export; did you mean "vllm"'):
+        checked("w4a16g32", "vlm")

@@ -26,15 +26,15 @@ from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
 from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Encode, packed_by, write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/awq"
 GROUPS = (16, 32, 64, 128)
 
 
-class AwqOptions(Options):
-    """The format leaves nothing to choose."""
+class AwqOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
 
 
 def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:

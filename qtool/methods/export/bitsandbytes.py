@@ -30,15 +30,15 @@ from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
 from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Encode, packed_by, write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/bitsandbytes"
 THRESHOLD = 6.0  # inputs beyond it stay in 16 bits: bitsandbytes' default
 
 
-class BitsandbytesOptions(Options):
-    """The format leaves nothing to choose."""
+class BitsandbytesOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
 
 
 def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) -> Artifact:

@@ -43,7 +43,7 @@ from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Encode, write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/compressed_tensors"
@@ -51,8 +51,8 @@ EXPERTS = r"re:.*\.experts\."  # target of the experts' group
 PACKED = ("pack-quantized", "mxfp4-pack-quantized")  # layouts whose experts transformers 5.23 decodes
 
 
-class CompressedTensorsOptions(Options):
-    """The format leaves nothing to choose."""
+class CompressedTensorsOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
 
 
 def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensorsOptions) -> Artifact:

@@ -35,7 +35,7 @@ from qtool.model.gguf_names import Family, is_transposed, row_order, stored_name
 from qtool.model.handle import ModelHandle
 from qtool.model.sizes import settings_size
 from qtool.model.writer import unit_tensors, write_settings
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/gguf"
@@ -45,7 +45,7 @@ TypeName = Literal[
 DENSE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-class GgufOptions(Options):
+class GgufOptions(ExportOptions):
     """What becomes of tensors whose own grid GGUF does not have."""
 
     type: TypeName | None = Field(

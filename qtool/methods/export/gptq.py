@@ -34,7 +34,7 @@ from qtool.model.kernel_limits import check_linears, check_no_experts, dense_lin
 from qtool.model.sizes import checkpoint_size
 from qtool.model.store import write_text
 from qtool.model.writer import Encode, packed_by, write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/gptq"
@@ -42,7 +42,7 @@ GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 Setting = dict[str, int | bool]
 
 
-class GptqOptions(Options):
+class GptqOptions(ExportOptions):
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(
         None,
         description="gptq stores zero points less one, gptq_v2 as they are; null: gptq where all schemes are symmetric, which "

@@ -36,13 +36,13 @@ from qtool.model.kernel_limits import head_name
 from qtool.model.onnx_file import OnnxWriter, dense, require_onnx
 from qtool.model.onnx_graph import build_graph, check_family
 from qtool.model.writer import unit_tensors, write_settings
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/onnx"
 
 
-class OnnxOptions(Options):
+class OnnxOptions(ExportOptions):
     layout: Layout = Field(
         "matmul_nbits",
         description="how quantized linears in groups are written: matmul_nbits, onnxruntime's own operator; qdq, "

@@ -16,12 +16,12 @@ from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
 from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 
-class SafetensorsOptions(Options):
-    """The format leaves nothing to choose."""
+class SafetensorsOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
 
 
 def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:

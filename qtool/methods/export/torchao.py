@@ -28,15 +28,15 @@ from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
 from qtool.model.sizes import checkpoint_size
 from qtool.model.writer import Describe, Encode, packed_by, write_checkpoint
-from qtool.options import Options
+from qtool.options import ExportOptions
 from qtool.registry import Method
 
 WHERE = "export/torchao"
 CODES, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 
 
-class TorchaoOptions(Options):
-    """The format leaves nothing to choose."""
+class TorchaoOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
 
 
 def torchao(model: ModelHandle, out: Path, options: TorchaoOptions) -> Artifact:
