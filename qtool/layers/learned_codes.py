@@ -4,8 +4,8 @@
 `level` is the nearest level of the grid and passes gradients straight through; beyond the last level nothing reaches x. A code
 changes once its x has moved half a step between levels, so that gradients which agree from window to window count and noise
 does not. Zero points stay as they are.
-Source: Bengio et al. 2013, arXiv:1308.3432 (the straight-through estimator); Liu et al. 2023, arXiv:2305.17888 (LLM-QAT, training
-by the original's own predictions). Differs: starts on the levels that another method found, not at the weights.
+Source: Bengio et al. 2013, arXiv:1308.3432 (the straight-through estimator); Liu et al. 2023, arXiv:2305.17888 (LLM-QAT:
+training by the original's own predictions). Differs: starts on the levels that another method found, not at the weights.
 """
 
 from dataclasses import replace
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from qtool.formats.tensor import from_groups, to_groups
 from qtool.layers.quant_linear import QuantLinear, snap_per_token
 from qtool.layers.rounded_linear import codes_of, soft_levels
-
-XX
 
 
 class LearnedCodes(nn.Module):
