@@ -33,6 +33,7 @@ KINDS = {
     torch.int64: "INT64", torch.int32: "INT32", torch.int8: "INT8", torch.uint8: "UINT8",
 }  # fmt: skip
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
+NARROW = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}  # types that torch does not have: their bits
 PARTS = (CODES, SCALES, ZEROS)
 
 Attribute = int | float | list[int]
@@ -136,6 +137,19 @@ class OnnxWriter:
 def dense(tensor: Tensor) -> Part:
     """A tensor as it is."""
     return Part(KINDS[tensor.dtype], tuple(tensor.shape), tensor)
+
+
+def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return -(-math.prod(shape) * (NARROW.get(kind) or 8 * DTYPES[kind].itemsize) // 8)
+
+
+def files_size(graph: Graph, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of both files at most, by the type and shape of each tensor."""
+    sizes = {name: bytes_of(*tensors[name]) for name in graph.tensors}
+    whole = sum(size + -size % ALIGNMENT for size in sizes.values())
+    places = {name: Place(*tensors[name], start=whole, n_bytes=size) for name, size in sizes.items()}
+    return whole + int(model_proto(graph, places).ByteSize())
 
 
 def model_proto(graph: Graph, places: dict[str, Place]) -> Any:
@@ -255,10 +269,9 @@ def _read_header(path: Path, changed: int, size: int) -> Header:
 
 def _check_length(path: Path, name: str, place: Place) -> None:
     """Raise QtoolError where a tensor's bytes are not as many as its type and shape say."""
-    bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}.get(place.kind)
-    if bits is None and place.kind not in DTYPES:
+    if place.kind not in (*NARROW, *DTYPES):
         raise QtoolError(f"model: {path}: {name} is of ONNX's type {place.kind}, which cannot be read; export it again")
-    n_bytes = -(-math.prod(place.shape) * (bits or 8 * DTYPES[place.kind].itemsize) // 8)
+    n_bytes = bytes_of(place.kind, place.shape)
     if n_bytes != place.n_bytes:
         raise QtoolError(
             f"model: {path}: {name} has {place.n_bytes} bytes, {place.kind} {list(place.shape)} has {n_bytes}; export it again"

@@ -37,6 +37,7 @@ def told_and_written(key: str, model: ModelHandle, out: Path) -> tuple[int, int]
         ("export/bitsandbytes", "fp4_bnbg32-dq"),
         ("export/torchao", "w8a8"),
         ("export/gguf", "w4a16g32"),
+        ("export/onnx", "w4a16g32-asym"),
         ("export/safetensors", "w2a16g32"),
     ],
 )

@@ -28,13 +28,14 @@ from torch import Tensor
 
 from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
-from qtool.formats.onnx_layouts import ONNX_BITS, ONNX_GROUPS, Layout, Part, form_of, pack, unpack
+from qtool.formats.onnx_layouts import ONNX_BITS, ONNX_GROUPS, Form, Layout, Part, form_of, pack, unpack
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import head_name
-from qtool.model.onnx_file import OnnxWriter, dense, require_onnx
+from qtool.model.onnx_file import KINDS, OnnxWriter, dense, files_size, require_onnx
 from qtool.model.onnx_graph import build_graph, check_family
+from qtool.model.sizes import settings_size
 from qtool.model.writer import unit_tensors, write_settings
 from qtool.options import ExportOptions
 from qtool.registry import Method
@@ -66,26 +67,39 @@ def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    forms = {name: form_of(scheme.weights, model.linear_shape(name), options.layout) for name, scheme in schemes.items()}
-    graph, writer = build_graph(model, forms, options.accuracy_level), OnnxWriter(out)
+    forms = forms_of(model, schemes, options)
+    graph, writer, is_lossless = build_graph(model, forms, options.accuracy_level), OnnxWriter(out), True
     parts: dict[str, Part] = {}  # of the quantized linears in memory
-    changed: list[str] = []
 
-    def encode(name: str, layer: QuantLinear) -> dict[str, Tensor]:
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
         assert layer.low_rank is None, f"{name}: the pipeline hands no low-rank factors to this export"
         own = pack(layer.qt, options.layout)
-        if not torch.equal(unpack(own, forms[name], layer.scheme).dequantize(), layer.weight_values(torch.float32)):
-            changed.append(name)
         parts.update({f"{name}.{part}": value for part, value in own.items()})
-        return {f"{name}.{part}": value.data for part, value in own.items()}
+        W = unpack(own, forms[name], layer.scheme).dequantize()  # [out, in]
+        return {f"{name}.{part}": value.data for part, value in own.items()}, torch.equal(W, layer.weight_values(torch.float32))
 
-    for unit in unit_tensors(model, encode, fuses_experts=False):
+    for unit, is_exact in unit_tensors(model, encode, fuses_experts=False):
+        is_lossless &= is_exact
         while unit:  # so that nothing is left of a block when the next is loaded
             name, tensor = unit.popitem()
             writer.add(name, parts.pop(name) if name in parts else dense(tensor))
     writer.close(graph)
     write_settings(model, out)
-    return describe_folder("onnx", out, lossless=not changed)
+    return describe_folder("onnx", out, is_lossless)
+
+
+def forms_of(model: ModelHandle, schemes: dict[str, Scheme], options: OnnxOptions) -> dict[str, Form]:
+    """How each quantized linear's weights are held."""
+    return {name: form_of(scheme.weights, model.linear_shape(name), options.layout) for name, scheme in schemes.items()}
+
+
+def size(model: ModelHandle, schemes: dict[str, Scheme], options: OnnxOptions) -> int:
+    """Bytes of the folder, before any work."""
+    forms = forms_of(model, schemes, options)
+    tensors = {name: (KINDS[model.dtype], tuple(p.shape)) for name, p in model.model.named_parameters()}
+    for name, form in forms.items():
+        tensors |= {f"{name}.{part}": (form.kinds()[part], shape) for part, shape in form.shapes().items()}
+    return files_size(build_graph(model, forms, options.accuracy_level), tensors) + settings_size(model)
 
 
 def check_model(model: ModelHandle, options: OnnxOptions) -> None:
@@ -124,5 +138,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    size=size,
     schemes=("w4a16g32", "w4a16g32-asym", "w8a16"),
 )
