@@ -7,8 +7,8 @@ The matrix [out groups, group] of codes is cut into as many slabs of rows as a w
 word r of a column holds row r of each slab, the first slab's in its highest bits. At three bits rows of zeros make up the
 last slab; the other widths need a number of rows that divides. A code of five or six bits takes a byte.
 Symmetric codes -2^(b-1) .. 2^(b-1) - 1 are stored plus 2^(b-1), which then is every zero point; scales may be negative.
-The layout does not say what zero points were: all 2^(b-1) are read as a symmetric scheme's, else whole numbers among the codes as
-codes, else as floats, in the dtype that they are stored in. A group of a whole row is read as one.
+The layout does not say what zero points were: all 2^(b-1) are read as a symmetric scheme's, else whole numbers among the codes
+as codes, else as floats, in the dtype that they are stored in. A group of a whole row is read as one.
 Source: hqq 0.2.8, core/quantize.py (HQQLinear.state_dict and load_state_dict), core/bitpack.py and core/utils.py.
 """
 

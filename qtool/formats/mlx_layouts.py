@@ -16,12 +16,14 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.packing import n_words, pack_int32, unpack_int32
-from qtool.formats.scheme import WeightScheme
+from qtool.formats.scales import SCALE_DTYPES
+from qtool.formats.scheme import PRESETS, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-MODES = {"mxfp4": "mxfp4", "mxfp8": "mxfp8_e4m3", "nvfp4": "nvfp4"}  # mode: the scheme's name
+MODES = {"mxfp4": "mxfp4", "mxfp8": "mxfp8_e4m3", "nvfp4": "nvfp4"}  # mode: what qtool calls the scheme
+AFFINE = f"{', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUPS))}"
 Parts = dict[str, Tensor]
 
 
@@ -49,13 +51,14 @@ def unpack_mlx(parts: Parts, group: int, bits: int, mode: str) -> QuantizedTenso
     columns = groups * group
     if words is None or words.dtype != torch.uint32 or tuple(words.shape) != (rows, n_words(columns, bits)):
         found = "missing" if words is None else f"{words.dtype} {list(words.shape)}"
+        expected = [rows, n_words(columns, bits)]
         raise QtoolError(
-            f"weight is {found}, must be torch.uint32 {[rows, n_words(columns, bits)]} for {bits} bits in groups of {group} with "
-            f"scales {[rows, groups]}; config.json does not describe this file"
+            f"weight is {found}, must be torch.uint32 {expected} for {bits} bits in groups of {group} with scales "
+            f"{[rows, groups]}; config.json does not describe this file"
         )
     codes = unpack_int32(words.view(torch.int32), bits, columns)  # [out, in]
     if mode != "affine":
-        return QuantizedTensor(codes.to(torch.uint8), parts["scales"].view(_scale_dtype(mode)), None, scheme)
+        return QuantizedTensor(codes.to(torch.uint8), parts["scales"].view(SCALE_DTYPES[scheme.scale_dtype]), None, scheme)
     if scheme.symmetric:
         return QuantizedTensor((codes + scheme.grid.low).to(torch.int8), parts["scales"], None, scheme)
     zero = _zero_points(parts)
@@ -69,24 +72,25 @@ def decode_mlx(parts: Parts, group: int, bits: int, mode: str) -> Tensor:
     if mode != "affine":
         return quantized.dequantize()
     codes = (quantized.codes.float() - quantized.grid.low).unflatten(1, (-1, group))  # [out, groups, group]
-    return (parts["scales"].float().unsqueeze(-1) * codes + parts["biases"].float().unsqueeze(-1)).flatten(1)
+    W = parts["scales"].float().unsqueeze(-1) * codes + parts["biases"].float().unsqueeze(-1)
+    return W.flatten(1)  # [out, in]
 
 
 def scheme_of_parts(parts: Parts, group: int, bits: int, mode: str) -> WeightScheme:
     """The scheme of a linear by its scales and biases; raises QtoolError for what qtool cannot decode."""
     scales, biases = parts["scales"], parts.get("biases")
     if mode in MODES:
-        scheme = WeightScheme.model_validate(MODE_FIELDS[mode])
+        scheme = WeightScheme.model_validate(PRESETS[MODES[mode]])
         if (group, bits) != (scheme.group, scheme.bits) or scales.dtype != torch.uint8 or biases is not None:
             raise QtoolError(
-                f"{mode} of {bits} bits in groups of {group} with scales of {scales.dtype} cannot be read; it has {scheme.bits} "
-                f"bits in groups of {scheme.group}, uint8 scales and no biases"
+                f"{mode} of {bits} bits in groups of {group} with scales of {scales.dtype} cannot be read; it has "
+                f"{scheme.bits} bits in groups of {scheme.group}, uint8 scales and no biases"
             )
         return scheme
     if mode != "affine":
         raise QtoolError(f"MLX's mode {mode} cannot be read, affine, {', '.join(MODES)} can")
     if bits not in BITS or group not in GROUPS:
-        raise QtoolError(f"{bits} bits in groups of {group} cannot be read, {BITS} bits in groups of {GROUPS} can")
+        raise QtoolError(f"{bits} bits in groups of {group} cannot be read, {AFFINE} can")
     if biases is None or biases.shape != scales.shape or biases.dtype != scales.dtype or not scales.is_floating_point():
         found = "missing" if biases is None else f"{biases.dtype} {list(biases.shape)}"
         raise QtoolError(f"biases are {found}, must be floats as scales, {scales.dtype} {list(scales.shape)}; save it again")
@@ -110,4 +114,5 @@ def scheme_of_parts(parts: Parts, group: int, bits: int, mode: str) -> WeightSch
 def _zero_points(parts: Parts) -> Tensor:
     """-biases / scales [out, groups], float32; 0 where both are 0."""
     scales, biases = parts["scales"].float(), parts["biases"].float()
-    return torch.where((scales == 0) & (biases == 0), 0.0, -biases / scales) + 0.0
+    zero: Tensor = torch.where((scales == 0) & (biases == 0), 0.0, -biases / scales)
+    return zero + 0.0  # no -0.0

@@ -176,7 +176,7 @@ def write_settings(
 
 
 def rope_settings(model: ModelHandle) -> dict[str, Any]:
-    """rope_theta and rope_scaling, as config.json had them before transformers 5, where it says rope_parameters of all layers."""
+    """rope_theta and rope_scaling, as config.json had them before transformers 5; {} where rope_parameters say neither."""
     stated = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     rope = stated.get("rope_parameters") or {}
     if "rope_theta" not in rope or "rope_theta" in stated:

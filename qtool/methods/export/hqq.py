@@ -75,12 +75,14 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: HqqOp
         n_groups, n_codes = out * columns // (weights.group or columns), CODES_OF_WORD[weights.bits]
         if weights.bits != 3 and n_groups % n_codes:
             raise QtoolError(
-                f"{where}: hqq puts codes of {n_codes} groups into a byte, and {n_groups} groups do not divide; add it to ignore"
+                f"{where}: hqq puts codes of {n_codes} groups into a byte, and {n_groups} groups do not divide; add it to "
+                "ignore"
             )
         hidden = next((dense for dense in dense_linears(model, schemes) if dense in name), None)
         if hidden is not None:
             raise QtoolError(
-                f"{where}: {hidden} is dense, and transformers leaves dense what has that in its name; quantize both, or neither"
+                f"{where}: {hidden} is dense, and transformers leaves dense what has that in its name; quantize both, or "
+                "neither"
             )
 
 
