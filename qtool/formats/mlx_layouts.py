@@ -72,8 +72,9 @@ def decode_mlx(parts: Parts, group: int, bits: int, mode: str) -> Tensor:
     if mode != "affine":
         return quantized.dequantize()
     codes = (quantized.codes.float() - quantized.grid.low).unflatten(1, (-1, group))  # [out, groups, group]
-    W = parts["scales"].float().unsqueeze(-1) * codes + parts["biases"].float().unsqueeze(-1)
-    return W.flatten(1)  # [out, in]
+    scale, bias = (parts[name].float().unsqueeze(-1) for name in ("scales", "biases"))  # [out, groups, 1]
+    W: Tensor = (scale * codes + bias).flatten(1)  # [out, in]
+    return W
 
 
 def scheme_of_parts(parts: Parts, group: int, bits: int, mode: str) -> WeightScheme:
