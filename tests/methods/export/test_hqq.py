@@ -22,8 +22,16 @@ LogitsOf = Callable[[ModelHandle], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16-asym", "w3a16g32-asymf16", "w2a16g16-asym", "w1a16g32-asymf16"])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("w4a16g32", "bfloat16"),
+        ("w4a16-asym", "float32"),
+        ("w3a16g32-asymf16", "bfloat16"),
+        ("w2a16g16-asym", "float32"),
+        ("w1a16g32-asymf16", "bfloat16"),
+    ],
+)
 def test_every_code_comes_back(
     scheme: str,
     dtype: str,
@@ -95,7 +103,7 @@ def test_the_config_says_what_most_linears_have_and_which_are_dense(
     same_codes(read(tmp_path / "out"), model)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "opt"])
 def test_other_families_come_back_too(
     family: str,
     tiny_model: TinyModel,
@@ -136,7 +144,7 @@ def test_misfits_are_refused_by_the_plan_alone(tiny_model: TinyModel) -> None:
     model = ModelHandle(ModelOptions(path=str(tiny_model("llama", intermediate_size=125))))
     assert METHOD.holds is not None and METHOD.check is not None
     METHOD.check(model, HqqOptions())
-    with pytest.raises(QtoolError, match=r"gate_proj: w4a16: hqq puts codes of 2 groups into a byte, and 125 groups do not divide"):
+    with pytest.raises(QtoolError, match=r"gate_proj: w4a16: hqq puts codes of 2 groups into a byte, and 125 groups do not"):
         METHOD.holds(model, dict.fromkeys(model.linear_names(), Scheme.model_validate("w4a16")), HqqOptions())
     METHOD.holds(model, dict.fromkeys(model.linear_names(), Scheme.model_validate("w3a16")), HqqOptions())
 
