@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -76,6 +76,7 @@ class Checkpoint:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._model = model
         names = model.state_dict()
+        self.embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         self._sources: dict[str, list[tuple[str, str | None, Path]]] = {}
         for key, path in sorted(files.items(), key=lambda item: _natural(item[0])):
             target, pattern = rename_source_key(key, renamings, self._converters, model.base_model_prefix, names)

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from qtool.errors import QtoolError
-from qtool.formats.scheme import Scheme
+from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 
+PLAIN_ALONE = "this export holds plain scales along `in`; use export/safetensors"
 MULTIPLE = 32  # of inputs, and of outputs
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -51,17 +52,32 @@ def check_no_experts(where: str, model: ModelHandle) -> None:
         raise QtoolError(f"{where}: {experts}: a mixture's experts cannot be held; use export/compressed_tensors")
 
 
+def check_weights_alone(where: str, model: ModelHandle, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where nothing is quantized, or more than plain scales along `in` of an nn.Linear's weights."""
+    check_some(where, schemes)
+    for name, scheme in schemes.items():
+        weights = scheme.weights
+        if scheme.activations is not None or scheme.kv is not None:
+            raise QtoolError(f"{where}: {name}: {scheme}: {_weights_alone(weights)}")
+        if weights.double_quant or weights.group_along != "out_channel":
+            raise QtoolError(f"{where}: {name}: {scheme}: {PLAIN_ALONE}")
+        _check_kind(where, model, name)
+
+
+def check_some(where: str, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where nothing is quantized."""
+    if not schemes:
+        raise QtoolError(f"{where}: no linear is quantized; put a quantize step before it, or use export/safetensors")
+
+
 def check_linears(
     where: str, model: ModelHandle, schemes: dict[str, Scheme], bits: tuple[int, ...], groups: tuple[int, ...]
 ) -> None:
     """Raise QtoolError where nothing is quantized, or a linear to what no kernel takes."""
-    if not schemes:
-        raise QtoolError(f"{where}: no linear is quantized; put a quantize step before it, or use export/safetensors")
+    check_some(where, schemes)
     for name, scheme in schemes.items():
         _check_scheme(f"{where}: {name}: {scheme}", scheme, bits, groups)
-        kind = type(model.model.get_submodule(name))
-        if not issubclass(kind, nn.Linear):
-            raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+        _check_kind(where, model, name)
         for count, side in zip(model.linear_shape(name), ("outputs", "inputs"), strict=True):
             if count % MULTIPLE:
                 raise QtoolError(
@@ -78,6 +94,16 @@ def check_linears(
             )
 
 
+def _check_kind(where: str, model: ModelHandle, name: str) -> None:
+    kind = type(model.model.get_submodule(name))
+    if not issubclass(kind, nn.Linear):
+        raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+
+
+def _weights_alone(weights: WeightScheme) -> str:
+    return f"this export holds weights alone; quantize to {weights}, or use export/compressed_tensors"
+
+
 def _stored_form(scheme: Scheme | None) -> tuple[object, ...] | None:
     return None if scheme is None else (scheme.weights.bits, scheme.weights.group, scheme.weights.symmetric)
 
@@ -87,11 +113,11 @@ def _check_scheme(where: str, scheme: Scheme, bits: tuple[int, ...], groups: tup
     if weights.format != "int" or weights.scale_dtype.startswith("float8"):
         raise QtoolError(f"{where}: this export holds whole numbers with plain scales; use export/safetensors")
     if weights.double_quant or weights.group_along != "out_channel":
-        raise QtoolError(f"{where}: this export holds plain scales along `in`; use export/safetensors")
+        raise QtoolError(f"{where}: {PLAIN_ALONE}")
     if weights.zero_dtype != "int":
         raise QtoolError(f"{where}: zero points must be codes, as in w4a16g128-asym; quantize so, or use export/safetensors")
     if scheme.activations is not None or scheme.kv is not None:
-        raise QtoolError(f"{where}: this export holds weights alone; quantize to {weights}, or use export/compressed_tensors")
+        raise QtoolError(f"{where}: {_weights_alone(weights)}")
     if weights.bits not in bits:
         words = " or ".join(map(str, bits))
         raise QtoolError(f"{where}: kernels take {words} bits; quantize so, or use export/compressed_tensors")

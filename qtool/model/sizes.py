@@ -28,6 +28,7 @@ def checkpoint_size(
     encode: Encode | None = None,
     quantization: dict[str, Any] | None = None,
     describe: Describe | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> int:
     """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized; arguments as there."""
     stored = model.stored_names()
@@ -46,7 +47,7 @@ def checkpoint_size(
     listed = sum(len(name) + ENTRY for name in names)
     if tensors > SHARD_BYTES:
         listed += sum(len(name) + LINE for name in names)
-    return tensors + listed + settings_size(model, quantization)
+    return tensors + listed + settings_size(model, quantization, settings)
 
 
 def packed_size(
@@ -66,8 +67,12 @@ def packed_size(
     return first + (second - first) * (shape[0] - FLAT) // FLAT, count
 
 
-def settings_size(model: ModelHandle, quantization: dict[str, Any] | None = None) -> int:
+def settings_size(
+    model: ModelHandle, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
+) -> int:
     """Bytes of what stands beside the weights, the manifest among it."""
     files = copied_files(model)
     listed = sum(len(path.name) + LINE for path in files)
-    return sum(path.stat().st_size for path in files) + len(settings_of(model, quantization)) + listed + 2 * LINE + CARD
+    return (
+        sum(path.stat().st_size for path in files) + len(settings_of(model, quantization, settings)) + listed + 2 * LINE + CARD
+    )

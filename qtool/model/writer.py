@@ -29,7 +29,7 @@ SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint32: "U32", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
 LICENCES = ("license", "licence", "notice", "copying", "use_policy")  # files that go along whatever they end in
@@ -109,13 +109,14 @@ def write_checkpoint(
     quantization: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     describe: Describe | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> bool:
     """Stream the model with its changes into `out`; returns whether every quantized linear came out as it is.
 
     `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names, and whether
     they decode to its very weights; without it, they are decoded to dense ones. `quantization` becomes config.json's
-    quantization_config. `describe` gives what the files' metadata is to say of tensors, by the names that they are stored
-    under. Raises QtoolError where the disk refuses.
+    quantization_config, and `settings` more of its fields. `describe` gives what the files' metadata is to say of tensors, by
+    the names that they are stored under. Raises QtoolError where the disk refuses.
     """
     writer, is_lossless = ShardWriter(out, shard_bytes), True
     for tensors, is_exact in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
@@ -123,7 +124,7 @@ def write_checkpoint(
         renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
         writer.add(renamed, describe and describe(renamed))
     writer.close()
-    write_settings(model, out, quantization)
+    write_settings(model, out, quantization, settings)
     return is_lossless
 
 
@@ -156,11 +157,13 @@ def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Ite
         yield _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)
 
 
-def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None) -> None:
-    """Copy what stands beside the weights: tokenizer, chat template, config.json with this dtype and quantization_config."""
+def write_settings(
+    model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
+) -> None:
+    """Copy what stands beside the weights: tokenizer, chat template, licence; and write config.json, see settings_of."""
     for path in copied_files(model):
         shutil.copyfile(path, out / path.name)
-    write_text(out / "config.json", settings_of(model, quantization))
+    write_text(out / "config.json", settings_of(model, quantization, settings))
 
 
 def copied_files(model: ModelHandle) -> list[Path]:
@@ -170,15 +173,28 @@ def copied_files(model: ModelHandle) -> list[Path]:
     return [path for path in files if not path.name.endswith(".index.json")]
 
 
-def settings_of(model: ModelHandle, quantization: dict[str, Any] | None = None) -> str:
-    """config.json's text with this dtype and quantization_config."""
+def settings_of(
+    model: ModelHandle, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
+) -> str:
+    """config.json's text with this dtype and quantization_config; `settings` are more fields of it."""
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config |= {"dtype": str(model.dtype).removeprefix("torch."), **(settings or {})}
     if quantization is not None:
         config["quantization_config"] = quantization
     return json.dumps(config, indent=2) + "\n"
+
+
+def rope_settings(model: ModelHandle) -> dict[str, Any]:
+    """rope_theta and rope_scaling, as config.json had them before transformers 5; {} where rope_parameters say neither."""
+    stated = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    rope = stated.get("rope_parameters") or {}
+    if "rope_theta" not in rope or "rope_theta" in stated:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": scaling} if is_scaled else {})}
 
 
 def _tensors(

@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 def reader_of(config: dict[str, Any]) -> Reader:
     """The reader of a checkpoint's quantization_config; raises QtoolError where there is none."""
-    method = config.get("quant_method")
+    method = config.get("quant_method", "mlx" if "group_size" in config and "bits" in config else None)  # mlx-lm names none
     known = {path.stem.replace("_", "-"): path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"}
     if method not in known:
         raise QtoolError(f"model: quantization by {method} cannot be read; {', '.join(sorted(known))} can")

@@ -1,18 +1,24 @@
-"""What the tests of exports share: logits in memory and of a folder that plain transformers loads, tiny mixtures."""
+"""What the tests of exports share: writing and reading one, logits in memory and by plain transformers, tiny mixtures."""
 
+import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qtool import registry
+from qtool.artifact import Artifact
 from qtool.calibration.tokens import ASSETS
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
+from qtool.options import ModelOptions
 
 TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -34,6 +40,48 @@ MIXTURES: dict[str, dict[str, object]] = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64},
     "granitemoe": {"num_local_experts": 4},
 }
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Callable[..., Artifact]:
+    """`export("gptq", model, checkpoint_format="gptq")`: into tmp_path / "out", which is made."""
+
+    def run(name: str, model: ModelHandle, **options: object) -> Artifact:
+        method = registry.load(f"export/{name}")
+        (tmp_path / "out").mkdir()
+        artifact = method.run(model, tmp_path / "out", method.options.model_validate(options))
+        assert isinstance(artifact, Artifact)
+        return artifact
+
+    return run
+
+
+@pytest.fixture
+def config_of() -> Callable[[Path], dict[str, Any]]:
+    """`config_of(folder)`: the quantization_config of its config.json."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+        return config
+
+    return read
+
+
+@pytest.fixture
+def read() -> Callable[[Path], ModelHandle]:
+    """`read(folder)`: the model of an export."""
+    return lambda folder: ModelHandle(ModelOptions(path=str(folder)))
+
+
+@pytest.fixture
+def parts_of() -> Callable[[Path, str], dict[str, torch.Tensor]]:
+    """`parts_of(folder, "model.layers.1.mlp.up_proj")`: what the file holds of a linear, by the rest of its names."""
+
+    def collect(folder: Path, name: str) -> dict[str, torch.Tensor]:
+        tensors = load_file(folder / "model.safetensors")
+        return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+    return collect
 
 
 @pytest.fixture
