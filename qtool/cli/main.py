@@ -20,12 +20,14 @@ from qtool.cli.init import init
 from qtool.cli.methods import methods
 from qtool.cli.run import run
 from qtool.cli.schema import schema
+from qtool.cli.stream import stream
 from qtool.cli.validate import validate
 from qtool.cli.verify import verify
 from qtool.errors import QtoolError
 
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
+    "stream": stream,
     "eval": evaluate,
     "export": export,
     "methods": methods,

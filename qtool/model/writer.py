@@ -9,7 +9,8 @@ forgotten; the header, known at the end, comes before them by one copy of the fi
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ Pack = Callable[[QuantizedTensor], tuple[dict[str, Tensor], Tensor]]
 Describe = Callable[[dict[str, Tensor]], dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How an export keeps a model in one safetensors checkpoint, each linear by itself; the fields are write_checkpoint's.
+
+    `encode` None: dense. `settings`: file name: content, of further JSON files beside config.json.
+    """
+
+    encode: Encode | None = None
+    quantization: dict[str, Any] | None = None
+    describe: Describe | None = None
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 class ShardWriter:
     """Safetensors files of at most `shard_bytes` (one `add` is never split); `close` gives them their names."""
 
@@ -57,16 +71,25 @@ class ShardWriter:
         if self._size and self._size + size > self._shard_bytes:
             self._finish_shard()
         self._metadata |= metadata or {}
+        # Wide elements first, so that tensors stay aligned to their elements.
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+            self._append(name, tensor, [tensor])
+
+    def add_pieces(self, name: str, form: Tensor, pieces: Iterable[Tensor], metadata: dict[str, str] | None = None) -> None:
+        """`add` of one tensor that comes in pieces; `form`, on the meta device, has its dtype and shape."""
+        if self._size and self._size + form.nbytes > self._shard_bytes:
+            self._finish_shard()
+        self._metadata |= metadata or {}
+        self._append(name, form, pieces)
+
+    def _append(self, name: str, form: Tensor, pieces: Iterable[Tensor]) -> None:
+        offsets = [self._size, self._size + form.nbytes]
+        self._header[name] = {"dtype": DTYPE_NAMES[form.dtype], "shape": list(form.shape), "data_offsets": offsets}
+        self._size += form.nbytes
         try:
             with self._data.open("ab") as file:
-                # Wide elements first, so that tensors stay aligned to their elements.
-                for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-                    offsets = [self._size, self._size + tensor.nbytes]
-                    self._header[name] = {
-                        "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
-                    }  # fmt: skip
-                    self._size += tensor.nbytes
-                    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                for piece in pieces:
+                    file.write(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise QtoolError(f"{self._folder}: cannot write: {error}; free space or choose another --out") from error
 
@@ -77,18 +100,17 @@ class ShardWriter:
         if count == 1:
             self._shards[0][0].replace(self._folder / "model.safetensors")
             return
-        weight_map: dict[str, str] = {}
-        for number, (path, names, _) in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.replace(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": sum(size for _, _, size in self._shards)}, "weight_map": weight_map}
-        write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        named = []
+        for number, (path, names, size) in enumerate(self._shards, 1):
+            named.append((shard_name(number, count), names, size))
+            path.replace(self._folder / named[-1][0])
+        write_index(self._folder, named)
 
     def _finish_shard(self) -> None:
         header = json.dumps({"__metadata__": self._metadata, **self._header}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         path = self._folder / f"shard-{len(self._shards)}.safetensors"
+        self._data.touch()  # a file of no tensors is a file too
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as out, self._data.open("rb") as data:
@@ -99,6 +121,25 @@ class ShardWriter:
         self._data.unlink()
         self._shards.append((path, list(self._header), self._size))
         self._header, self._size = {}, 0
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of one of `count` files, which are counted from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Iterable[tuple[str, Iterable[str], int]]) -> None:
+    """Which of several files holds which tensor; a file is its name, its tensors' names and their bytes."""
+    shards = list(shards)
+    weight_map = {tensor: name for name, tensors, _ in shards for tensor in tensors}
+    index = {"metadata": {"total_size": sum(size for _, _, size in shards)}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def as_stored(model: ModelHandle, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of transformers' names under those of the model's original checkpoints."""
+    renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+    return renamed
 
 
 def write_checkpoint(
@@ -117,9 +158,9 @@ def write_checkpoint(
     under. Raises QtoolError where the disk refuses.
     """
     writer, is_lossless = ShardWriter(out, shard_bytes), True
-    for tensors, is_exact in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
+    for tensors, is_exact in unit_tensors(model, encode or decoder(model), fuses_experts=encode is None):
         is_lossless &= is_exact
-        renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+        renamed = as_stored(model, tensors)
         writer.add(renamed, describe and describe(renamed))
     writer.close()
     write_settings(model, out, quantization)
@@ -169,6 +210,12 @@ def write_settings(model: ModelHandle, out: Path, quantization: dict[str, Any] |
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def write_more_settings(out: Path, stored: Storage) -> None:
+    """The JSON files that an export has beside config.json."""
+    for name, content in stored.settings.items():
+        write_text(out / name, json.dumps(content, indent=2) + "\n")
+
+
 def _tensors(
     model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool
 ) -> tuple[dict[str, Tensor], bool]:
@@ -207,7 +254,8 @@ def _tensors(
     return found, is_lossless
 
 
-def _decoder(model: ModelHandle) -> Encode:
+def decoder(model: ModelHandle) -> Encode:
+    """An `encode` to dense weights, as the model's class has them."""
     transposed = {name for name, module in model.model.named_modules() if isinstance(module, Conv1D)}
 
     def decode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:

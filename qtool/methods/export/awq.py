@@ -24,7 +24,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
-from qtool.model.writer import Encode, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -41,8 +41,14 @@ def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
+    stored = storage(model, schemes, options)
+    is_lossless = write_checkpoint(model, out, stored.encode, stored.quantization)
     return describe_folder("awq", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(model), quantization_config(model, schemes))
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -91,4 +97,4 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     return config | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in dense}} if dense else {})
 
 
-METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage)

@@ -28,7 +28,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.writer import Encode, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -45,8 +45,14 @@ def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) ->
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
+    stored = storage(model, schemes, options)
+    is_lossless = write_checkpoint(model, out, stored.encode, stored.quantization)
     return describe_folder("bitsandbytes", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(model), quantization_config(model, schemes))
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -131,5 +137,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    storage=storage,
     schemes=("nf4g64", "fp4_bnbg32-dq", "w8a16"),
 )

@@ -41,7 +41,7 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import Encode, write_checkpoint
+from qtool.model.writer import Encode, Storage, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -59,9 +59,15 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config = quantization_config(model, schemes)
-    is_lossless = write_checkpoint(model, out, encoder(model, schemes, "dequantize" in config), config)
+    stored = storage(model, schemes, options)
+    is_lossless = write_checkpoint(model, out, stored.encode, stored.quantization)
     return describe_folder("compressed_tensors", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> Storage:
+    """What the checkpoint is made of."""
+    config = quantization_config(model, schemes)
+    return Storage(encoder(model, schemes, "dequantize" in config), config)
 
 
 def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -> Encode:
@@ -177,4 +183,11 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-METHOD = Method(run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes)
+METHOD = Method(
+    run=compressed_tensors,
+    options=CompressedTensorsOptions,
+    scope="model",
+    check=check_model,
+    holds=check_schemes,
+    storage=storage,
+)

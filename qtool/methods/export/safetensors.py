@@ -14,7 +14,7 @@ from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import write_checkpoint
+from qtool.model.writer import Storage, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -29,6 +29,11 @@ def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> A
     return describe_folder("safetensors", out, lossless=write_checkpoint(model, out))
 
 
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> Storage:
+    """Dense, and no trace of qtool."""
+    return Storage()
+
+
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> None:
     """Raise QtoolError where more than weights is quantized."""
     for name, scheme in schemes.items():
@@ -39,4 +44,11 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Safet
             )
 
 
-METHOD = Method(run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, holds_additions=True)
+METHOD = Method(
+    run=safetensors,
+    options=SafetensorsOptions,
+    scope="model",
+    holds=check_schemes,
+    holds_additions=True,
+    storage=storage,
+)

@@ -26,7 +26,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.writer import Describe, Encode, packed_by, write_checkpoint
+from qtool.model.writer import Describe, Encode, Storage, packed_by, write_checkpoint
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -43,9 +43,15 @@ def torchao(model: ModelHandle, out: Path, options: TorchaoOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config, describe = quantization_config(model, schemes), describer(model, next(iter(schemes.values())))
-    is_lossless = write_checkpoint(model, out, encoder(model), config, describe=describe)
+    stored = storage(model, schemes, options)
+    is_lossless = write_checkpoint(model, out, stored.encode, stored.quantization, describe=stored.describe)
     return describe_folder("torchao", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> Storage:
+    """What the checkpoint is made of."""
+    describe = describer(model, next(iter(schemes.values())))
+    return Storage(encoder(model), quantization_config(model, schemes), describe)
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -160,5 +166,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
+    storage=storage,
     schemes=("w8a16", "w8a16g32", "w8a8"),
 )
