@@ -102,8 +102,8 @@ class Checkpoint:
     def stored_parts(self, name: str) -> list[tuple[str, str, Path]]:
         """What the parameter `name` is stored as: a name that `read` takes, the key in the file, and the file, of each part.
 
-        One part of its own name, or the parts of an expert's linear, whose rows it joins. None where the checkpoint has no such
-        tensor; raises QtoolError where tensors in it must be converted together to become this one.
+        One part of its own name, or the parts of an expert's linear, whose rows it joins. Empty where the checkpoint has no
+        such tensor; raises QtoolError where tensors in it must be converted together to become this one.
         """
         linear = name.removesuffix(".weight")
         expert = EXPERT.fullmatch(linear)
@@ -121,9 +121,12 @@ class Checkpoint:
     def _unconverted(self, name: str) -> dict[str, tuple[str, Path]]:
         """Of the tensors that become the parameter `name` together: their names before that, key and file."""
         if self._latest[0] != name:
-            sources = self._sources.get(name, [])
-            renamed = [(rename_source_key(key, self._renamings, [])[0], key, path) for key, _, path in sources]
-            self._latest = (name, {part: (key, path) for part, key, path in renamed})
+            experts, found = name.rpartition(".")[0], {}
+            for key, _, path in self._sources.get(name, []):
+                part = rename_source_key(key, self._renamings, [])[0]
+                whole = part if part.startswith(experts) else f"{self._model.base_model_prefix}.{part}"
+                found[whole] = (key, path)
+            self._latest = (name, found)
         return self._latest[1]
 
     def read(self, names: list[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

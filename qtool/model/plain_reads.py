@@ -19,7 +19,7 @@ from qtool.errors import QtoolError
 from qtool.model.checkpoint import FLOAT8, open_file
 from qtool.model.writer import DTYPE_NAMES
 
-PIECE = 16 << 20  # bytes of one read
+PIECE = 4 << 20  # bytes of one read
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 
 
@@ -97,9 +97,7 @@ def _fill(file: FileIO, view: memoryview, place: Place) -> None:
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
-            raise QtoolError(
-                f"model: {place.path} ends within {place.key}; it changed while it was read: do it again"
-            )
+            raise QtoolError(f"model: {place.path} ends within {place.key}; it changed while it was read: do it again")
         done += count
 
 

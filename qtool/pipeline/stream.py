@@ -91,10 +91,11 @@ def stream_recipe(recipe: Recipe, out: Path, progress: Progress, workers: int = 
     for each in (step, export):
         check_step(each, model)
     check_exports(recipe.steps, model)
-    shards = plan_shards(model, next(iter(planned_schemes(model, [step]))))
+    schemes = next(iter(planned_schemes(model, [step])))
+    shards = plan_shards(model, schemes)
     folder = RunFolder(out.with_name(f".{out.name}.part"))
     folder.open({"recipe": recipe.digest, "model": digest_model(model.folder)}, fresh)
-    stream = Stream(model, step, export, shards, folder, progress)
+    stream = Stream(model, step, export, schemes, shards, folder, progress)
     stream.write_shards(workers)
     artifact = stream.finish(out)
     shutil.rmtree(folder.path, ignore_errors=True)
@@ -172,13 +173,20 @@ class Stream:
     """What the workers of one run share; the model is a skeleton, and its plan is made."""
 
     def __init__(
-        self, model: ModelHandle, step: Step, export: Step, shards: Shards, folder: RunFolder, progress: Progress
+        self,
+        model: ModelHandle,
+        step: Step,
+        export: Step,
+        schemes: dict[str, Scheme],
+        shards: Shards,
+        folder: RunFolder,
+        progress: Progress,
     ) -> None:
         self.model = model
         self.step = step
         self.export = export
+        self.schemes = schemes
         self.items = list(shards.values())
-        self.schemes = {item.name: item.scheme for items in self.items for item in items if isinstance(item, Rounded)}
         self.folder = folder
         self.state = StepFolder(folder, 0, "stream")
         self.files = folder.path / "exports" / export.key.split("/")[1]
@@ -236,14 +244,15 @@ class Stream:
     def _write_shard(self, index: int) -> None:
         storage = self.storage()
         describe = storage.describe
-        if describe is not None and index == len(self.items) - 1:
-            for before in range(index):
-                describe({name: _form(place.dtype, place.shape) for name, place in read_places(self.path(before)).items()})
         unfinished = self.folder.path / f"shard-{index + 1:05d}"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
             writer, is_lossless = ShardWriter(unfinished, sys.maxsize), True
+            if describe is not None and index == len(self.items) - 1:
+                for before in map(self.path, range(index)):
+                    forms = {name: _form(place.dtype, place.shape) for name, place in read_places(before).items()}
+                    writer.add({}, describe(forms))
             for item in self.items[index]:
                 if self._stop.is_set():
                     raise _Stopped
