@@ -221,7 +221,7 @@ class Stream:
             try:
                 for future in as_completed([pool.submit(self._write_or_stop, index) for index in indices]):
                     future.result()
-            except QtoolError as error:
+            except (QtoolError, OSError) as error:
                 done = sum(self.path(index).is_file() for index in range(len(self.items)))
                 raise QtoolError(
                     f"{error}\n{done} of {len(self.items)} files are finished and kept; the same command goes on after them"
@@ -310,6 +310,8 @@ class Stream:
         storage, paths = self.storage(), [self.path(index) for index in range(len(self.items))]
         records = [self.state.records(f"shard-{index + 1:05d}") for index in range(len(paths))]
         try:
+            for path in set(self.files.iterdir()) - set(paths):  # what a run that was killed right here had begun to write
+                path.unlink()
             if len(paths) > 1:
                 held = [(path.name, read_places(path)) for path in paths]
                 write_index(self.files, [(name, places, sum(p.nbytes for p in places.values())) for name, places in held])
