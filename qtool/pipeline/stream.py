@@ -155,7 +155,7 @@ def plan_shards(model: ModelHandle, schemes: dict[str, Scheme]) -> Shards:
         try:
             parts = {part: _place(places, key, path) for part, key, path in model.checkpoint.stored_parts(name)}
         except QtoolError as error:
-            raise QtoolError(f"{error}; stream cannot do that: use qtool run") from error
+            raise QtoolError(f"model: {error}; stream takes linears one by one: use qtool run") from error
         if not parts:
             raise QtoolError(f"model: {model.folder} has no tensor {name}; is it the right checkpoint?")
         _check_shape(name, value, list(parts.values()))

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from torch import Tensor
 from qtool import registry
 from qtool.artifact import changed_files, read_manifest
 from qtool.errors import QtoolError, RecipeError
-from qtool.model.handle import ModelHandle
+from qtool.model.handle import ModelHandle, resolve_folder
 from qtool.options import ModelOptions
 from qtool.pipeline.run import Stage, run_recipe
 from qtool.pipeline.stream import stream_recipe, streaming_exports
@@ -381,6 +383,18 @@ def test_a_missing_tensor_is_named(tmp_path: Path, tiny_model: Callable[..., Pat
     save_file(tensors, model / "model.safetensors")
     steps: list[Step] = [{"quantize/rtn": {"scheme": "w4a16g32"}}, {"export/safetensors": None}]
     refuse(recipe(model, *steps), tmp_path / "out", "has no tensor model.norm.weight")
+
+
+def test_experts_that_are_stored_as_one_tensor_are_refused(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "head_dim": 16, "vocab_size": 4096}
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**sizes | counts)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(resolve_folder(ModelOptions(path="demo")) / file, tmp_path / "model" / file)
+    steps: list[Step] = [{"quantize/rtn": {"scheme": "w4a16g32"}}, {"export/safetensors": None}]
+    words = r"experts\.gate_up\.0: the checkpoint keeps all experts of a block in one tensor; .* use qtool run"
+    refuse(recipe(tmp_path / "model", *steps), tmp_path / "out", words)
 
 
 def test_a_quantized_checkpoint_is_refused(three_files: Path, tmp_path: Path) -> None:
