@@ -48,7 +48,8 @@ class Method:
     holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     holds: Callable[..., None] | None = None  # an export: (model, {linear: scheme}, options) raises where it cannot write them
-    size: Callable[..., int] | None = None  # an export: (model, {linear: scheme}, options) -> bytes of the folder it will write
+    storage: Callable[..., Any] | None = None  # an export of single linears: from what holds takes to a writer.Storage
+    size: Callable[..., int] | None = None  # another export: from what holds takes to the bytes of the folder it will write
     schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns

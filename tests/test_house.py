@@ -41,7 +41,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "laws": (6, {"torch", "transformers"}),
     "recipe": (7, {"yaml", "pydantic"}),
     "pipeline": (7, {"torch"}),
-    "report": (7, set()),
+    "report": (7, {"yaml"}),
     "cli": (8, {"typer", "rich"}),
     "__main__": (8, set()),
 }

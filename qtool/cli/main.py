@@ -21,6 +21,7 @@ from qtool.cli.methods import methods
 from qtool.cli.plan import plan
 from qtool.cli.run import run
 from qtool.cli.schema import schema
+from qtool.cli.stream import stream
 from qtool.cli.validate import validate
 from qtool.cli.verify import verify
 from qtool.errors import QtoolError
@@ -28,6 +29,7 @@ from qtool.errors import QtoolError
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan,
+    "stream": stream,
     "eval": evaluate,
     "export": export,
     "methods": methods,

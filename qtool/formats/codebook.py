@@ -156,7 +156,7 @@ class CodebookGrid:
     def encode(self, w: Tensor, p: Params) -> Tensor:
         """Nearest codes of w [..., group], as float whole numbers of the same shape."""
         borders, codes = _table(self.table, w.device)
-        return codes[torch.bucketize(self._in_units(w, p), borders)]
+        return _looked_up(codes, torch.bucketize(self._in_units(w, p), borders, out_int32=True))
 
     def neighbours(self, w: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Codes next below (or at) and next above w [..., group], as float whole numbers; beyond the ends the end's, twice."""
@@ -169,7 +169,7 @@ class CodebookGrid:
 
     def levels(self, q: Tensor) -> Tensor:
         """The table's values of codes q [..., group], before any zero point and scale, float32."""
-        return _values(self.table, q.device)[q.int()]
+        return _looked_up(_values(self.table, q.device), q.int())
 
     def decode(self, q: Tensor, p: Params) -> Tensor:
         """Values of codes q [..., group], float32."""
@@ -224,6 +224,11 @@ def power_levels(bits: int, exponent: float) -> tuple[float, ...]:
     m = (1 << (bits - 1)) - 1
     positive = [(k / m) ** (1 / exponent) for k in range(1, m + 1)]
     return (*(-value for value in reversed(positive)), 0.0, *positive, 1.0)
+
+
+def _looked_up(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] for index [...] int32: plain indexing would widen a whole matrix of indices to eight bytes each."""
+    return values.index_select(0, index.flatten()).view(index.shape)
 
 
 @cache

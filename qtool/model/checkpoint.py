@@ -72,14 +72,15 @@ class Checkpoint:
         self.folder = folder
         files = find_files(folder)
         mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._model = model
+        self._latest: tuple[str, dict[str, tuple[str, Path]]] = ("", {})  # what _unconverted found
         names = model.state_dict()
         self.embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         self._sources: dict[str, list[tuple[str, str | None, Path]]] = {}
         for key, path in sorted(files.items(), key=lambda item: _natural(item[0])):
-            target, pattern = rename_source_key(key, renamings, self._converters, model.base_model_prefix, names)
+            target, pattern = rename_source_key(key, self._renamings, self._converters, model.base_model_prefix, names)
             if target not in names and key in names:
                 target, pattern = key, None
             self._sources.setdefault(target, []).append((key, pattern, path))
@@ -107,6 +108,36 @@ class Checkpoint:
         names = [f"{experts}.{index}.{part}" for part in parts]
         fused = f"{experts}.{side}_proj"
         return [part for part in names if rename_source_key(f"{part}.weight", [], self._converters)[0] == fused]
+
+    def stored_parts(self, name: str) -> list[tuple[str, str, Path]]:
+        """What the parameter `name` is stored as: a name that `read` takes, the key in the file, and the file, of each part.
+
+        One part of its own name, or the parts of an expert's linear, whose rows it joins. Empty where the checkpoint has no
+        such tensor; raises QtoolError where tensors in it must be converted together to become this one.
+        """
+        linear = name.removesuffix(".weight")
+        expert = EXPERT.fullmatch(linear)
+        if expert is None:
+            sources = self._sources.get(name, [])
+            if len(sources) > 1 or any(pattern is not None for _, pattern, _ in sources):
+                raise QtoolError(f"{name}: the checkpoint keeps it as {sources[0][0]}, which must be converted to become it")
+            return [(name, key, path) for key, _, path in sources]
+        fused, parts = f"{expert[1]}.{expert[2]}_proj", self.stored_as(linear)
+        if not parts:
+            raise QtoolError(f"{linear}: the checkpoint keeps all experts of a block in one tensor")
+        found = self._unconverted(fused)
+        return [(f"{part}.weight", *found[f"{part}.weight"]) for part in parts if f"{part}.weight" in found]
+
+    def _unconverted(self, name: str) -> dict[str, tuple[str, Path]]:
+        """Of the tensors that become the parameter `name` together: their names before that, key and file."""
+        if self._latest[0] != name:
+            experts, found = name.rpartition(".")[0], {}
+            for key, _, path in self._sources.get(name, []):
+                part = rename_source_key(key, self._renamings, [])[0]
+                whole = part if part.startswith(experts) else f"{self._model.base_model_prefix}.{part}"
+                found[whole] = (key, path)
+            self._latest = (name, found)
+        return self._latest[1]
 
     def read(self, names: list[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the names that the checkpoint has, floats cast to dtype, checked to be finite."""

@@ -6,15 +6,18 @@ matrix is told from two flat ones, and a model of any size is planned in little 
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
+from qtool.artifact import MANIFEST
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import SHARD_BYTES, Describe, Encode, copied_files, settings_of
+from qtool.model.writer import DENSE, SHARD_BYTES, Storage, copied_files, settings_of
+from qtool.options import Options
 
 FLAT = 512  # rows that no packing and no double quantization leaves a remainder of
 ENTRY = 90  # bytes that the header of a safetensors file spends on a tensor beside its name
@@ -22,38 +25,49 @@ CARD = 4096  # bytes that the model card may take
 LINE = 85  # bytes that the manifest, or the index of shards, spends on a file or a tensor
 
 
-def checkpoint_size(
-    model: ModelHandle,
-    schemes: dict[str, Scheme],
-    encode: Encode | None = None,
-    quantization: dict[str, Any] | None = None,
-    describe: Describe | None = None,
-    settings: dict[str, Any] | None = None,
-) -> int:
-    """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized; arguments as there."""
+class Sized(Protocol):
+    """What tells an export's size: a registry.Method."""
+
+    @property
+    def storage(self) -> Callable[..., Any] | None: ...
+
+    @property
+    def size(self) -> Callable[..., int] | None: ...
+
+
+def export_size(export: Sized, model: ModelHandle, schemes: dict[str, Scheme], options: Options) -> int:
+    """Bytes of the folder that an export will write, before any work."""
+    if export.storage is not None:
+        return checkpoint_size(model, schemes, export.storage(model, schemes, options))
+    assert export.size is not None, "an export has a storage or tells its size"
+    return export.size(model, schemes, options)
+
+
+def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Storage) -> int:
+    """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized."""
     stored = model.stored_names()
     dense = {name: p.numel() * model.dtype.itemsize for name, p in model.model.named_parameters() if name in stored}
     names, tensors = list(dense), sum(dense.values())
-    if encode is not None:
+    if storage.encode is not None:
         packed: dict[object, tuple[int, int]] = {}
         for name, scheme in schemes.items():
             shape = model.linear_shape(name)
             kind = (shape, scheme, len(model.checkpoint.stored_as(name)))
             if kind not in packed:
-                packed[kind] = packed_size(name, shape, scheme, encode, describe)
+                packed[kind] = packed_size(name, shape, scheme, storage)
             n_bytes, n_tensors = packed[kind]
             tensors += n_bytes - dense[f"{name}.weight"]
             names += [name] * (n_tensors - 1)
     listed = sum(len(name) + ENTRY for name in names)
     if tensors > SHARD_BYTES:
         listed += sum(len(name) + LINE for name in names)
-    return tensors + listed + settings_size(model, quantization, settings)
+    return tensors + listed + settings_size(model, storage)
 
 
-def packed_size(
-    name: str, shape: tuple[int, int], scheme: Scheme, encode: Encode, describe: Describe | None
-) -> tuple[int, int]:
+def packed_size(name: str, shape: tuple[int, int], scheme: Scheme, storage: Storage) -> tuple[int, int]:
     """(bytes, number) of the tensors of one quantized linear of shape (out, in), with what is said of them."""
+    encode, describe = storage.encode, storage.describe
+    assert encode is not None
 
     def measure(out: int) -> tuple[int, int]:
         zeros = quantize(torch.zeros(out, shape[1]), scheme.weights)
@@ -67,12 +81,9 @@ def packed_size(
     return first + (second - first) * (shape[0] - FLAT) // FLAT, count
 
 
-def settings_size(
-    model: ModelHandle, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
-) -> int:
-    """Bytes of what stands beside the weights, the manifest among it."""
-    files = copied_files(model)
-    listed = sum(len(path.name) + LINE for path in files)
-    return (
-        sum(path.stat().st_size for path in files) + len(settings_of(model, quantization, settings)) + listed + 2 * LINE + CARD
-    )
+def settings_size(model: ModelHandle, storage: Storage = DENSE) -> int:
+    """Bytes of what stands beside the weights, the manifest and the model card among it."""
+    copied, written = copied_files(model), settings_of(model, storage)
+    names = [*(path.name for path in copied), *written, "model.safetensors", MANIFEST]
+    listed = sum(len(name) + LINE for name in names)
+    return sum(path.stat().st_size for path in copied) + sum(map(len, written.values())) + listed + CARD

@@ -9,7 +9,8 @@ forgotten; the header, known at the end, comes before them by one copy of the fi
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,26 @@ Pack = Callable[[QuantizedTensor], tuple[dict[str, Tensor], Tensor]]
 Describe = Callable[[dict[str, Tensor]], dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How an export keeps a model in one safetensors checkpoint, each linear by itself.
+
+    `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names, and whether
+    they decode to its very weights; without it, they are decoded to dense ones. `quantization` becomes config.json's
+    quantization_config, and `settings` more of its fields; `files` are further JSON files by name. `describe` gives what the
+    metadata of the safetensors files is to say of tensors, by the names that they are stored under.
+    """
+
+    encode: Encode | None = None
+    quantization: dict[str, Any] | None = None
+    describe: Describe | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+DENSE = Storage()
+
+
 class ShardWriter:
     """Safetensors files of at most `shard_bytes` (one `add` is never split); `close` gives them their names."""
 
@@ -58,16 +79,25 @@ class ShardWriter:
         if self._size and self._size + size > self._shard_bytes:
             self._finish_shard()
         self._metadata |= metadata or {}
+        # Wide elements first, so that tensors stay aligned to their elements.
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+            self._append(name, tensor, [tensor])
+
+    def add_pieces(self, name: str, form: Tensor, pieces: Iterable[Tensor], metadata: dict[str, str] | None = None) -> None:
+        """`add` of one tensor that comes in pieces; `form`, on the meta device, has its dtype and shape."""
+        if self._size and self._size + form.nbytes > self._shard_bytes:
+            self._finish_shard()
+        self._metadata |= metadata or {}
+        self._append(name, form, pieces)
+
+    def _append(self, name: str, form: Tensor, pieces: Iterable[Tensor]) -> None:
+        offsets = [self._size, self._size + form.nbytes]
+        self._header[name] = {"dtype": DTYPE_NAMES[form.dtype], "shape": list(form.shape), "data_offsets": offsets}
+        self._size += form.nbytes
         try:
             with self._data.open("ab") as file:
-                # Wide elements first, so that tensors stay aligned to their elements.
-                for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-                    offsets = [self._size, self._size + tensor.nbytes]
-                    self._header[name] = {
-                        "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
-                    }  # fmt: skip
-                    self._size += tensor.nbytes
-                    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                for piece in pieces:
+                    file.write(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise QtoolError(f"{self._folder}: cannot write: {error}; free space or choose another --out") from error
 
@@ -78,18 +108,17 @@ class ShardWriter:
         if count == 1:
             self._shards[0][0].replace(self._folder / "model.safetensors")
             return
-        weight_map: dict[str, str] = {}
-        for number, (path, names, _) in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.replace(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": sum(size for _, _, size in self._shards)}, "weight_map": weight_map}
-        write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        named = []
+        for number, (path, names, size) in enumerate(self._shards, 1):
+            named.append((shard_name(number, count), names, size))
+            path.replace(self._folder / named[-1][0])
+        write_index(self._folder, named)
 
     def _finish_shard(self) -> None:
         header = json.dumps({"__metadata__": self._metadata, **self._header}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         path = self._folder / f"shard-{len(self._shards)}.safetensors"
+        self._data.touch()  # a file of no tensors is a file too
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as out, self._data.open("rb") as data:
@@ -102,29 +131,37 @@ class ShardWriter:
         self._header, self._size = {}, 0
 
 
-def write_checkpoint(
-    model: ModelHandle,
-    out: Path,
-    encode: Encode | None = None,
-    quantization: dict[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    describe: Describe | None = None,
-    settings: dict[str, Any] | None = None,
-) -> bool:
+def shard_name(number: int, count: int) -> str:
+    """The name of one of `count` files, which are counted from 1."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Iterable[tuple[str, Iterable[str], int]]) -> None:
+    """Which of several files holds which tensor; a file is its name, its tensors' names and their bytes."""
+    shards = list(shards)
+    weight_map = {tensor: name for name, tensors, _ in shards for tensor in tensors}
+    index = {"metadata": {"total_size": sum(size for _, _, size in shards)}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def as_stored(model: ModelHandle, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of transformers' names under those of the model's original checkpoints."""
+    renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+    return renamed
+
+
+def write_checkpoint(model: ModelHandle, out: Path, storage: Storage = DENSE, shard_bytes: int = SHARD_BYTES) -> bool:
     """Stream the model with its changes into `out`; returns whether every quantized linear came out as it is.
 
-    `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names, and whether
-    they decode to its very weights; without it, they are decoded to dense ones. `quantization` becomes config.json's
-    quantization_config, and `settings` more of its fields. `describe` gives what the files' metadata is to say of tensors, by
-    the names that they are stored under. Raises QtoolError where the disk refuses.
+    Raises QtoolError where the disk refuses.
     """
-    writer, is_lossless = ShardWriter(out, shard_bytes), True
-    for tensors, is_exact in unit_tensors(model, encode or _decoder(model), fuses_experts=encode is None):
+    writer, is_lossless, describe = ShardWriter(out, shard_bytes), True, storage.describe
+    for tensors, is_exact in unit_tensors(model, storage.encode or decoder(model), fuses_experts=storage.encode is None):
         is_lossless &= is_exact
-        renamed: dict[str, Tensor] = revert_weight_conversion(model.model, tensors)
+        renamed = as_stored(model, tensors)
         writer.add(renamed, describe and describe(renamed))
     writer.close()
-    write_settings(model, out, quantization, settings)
+    write_settings(model, out, storage)
     return is_lossless
 
 
@@ -157,13 +194,12 @@ def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Ite
         yield _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)
 
 
-def write_settings(
-    model: ModelHandle, out: Path, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
-) -> None:
-    """Copy what stands beside the weights: tokenizer, chat template, licence; and write config.json, see settings_of."""
+def write_settings(model: ModelHandle, out: Path, storage: Storage = DENSE) -> None:
+    """Copy what stands beside the weights, tokenizer, chat template, licence; and write config.json and other settings."""
     for path in copied_files(model):
         shutil.copyfile(path, out / path.name)
-    write_text(out / "config.json", settings_of(model, quantization, settings))
+    for name, text in settings_of(model, storage).items():
+        write_text(out / name, text)
 
 
 def copied_files(model: ModelHandle) -> list[Path]:
@@ -173,17 +209,16 @@ def copied_files(model: ModelHandle) -> list[Path]:
     return [path for path in files if not path.name.endswith(".index.json")]
 
 
-def settings_of(
-    model: ModelHandle, quantization: dict[str, Any] | None = None, settings: dict[str, Any] | None = None
-) -> str:
-    """config.json's text with this dtype and quantization_config; `settings` are more fields of it."""
+def settings_of(model: ModelHandle, storage: Storage = DENSE) -> dict[str, str]:
+    """The JSON files that say how the weights are stored, by name: config.json with this dtype, and the storage's own."""
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
-    config |= {"dtype": str(model.dtype).removeprefix("torch."), **(settings or {})}
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    return json.dumps(config, indent=2) + "\n"
+    config |= {"dtype": str(model.dtype).removeprefix("torch."), **storage.settings}
+    if storage.quantization is not None:
+        config["quantization_config"] = storage.quantization
+    files = {"config.json": config, **storage.files}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
 
 
 def rope_settings(model: ModelHandle) -> dict[str, Any]:
@@ -235,7 +270,8 @@ def _tensors(
     return found, is_lossless
 
 
-def _decoder(model: ModelHandle) -> Encode:
+def decoder(model: ModelHandle) -> Encode:
+    """An `encode` to dense weights, as the model's class has them."""
     transposed = {name for name, module in model.model.named_modules() if isinstance(module, Conv1D)}
 
     def decode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:

@@ -12,6 +12,7 @@ from qtool.formats.allocation import SearchOptions, stored_bytes
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
+from qtool.model.sizes import export_size
 from qtool.pipeline.checks import check_recipe, located, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
@@ -73,9 +74,8 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> PlannedExport:
     """One export of what the steps before it make."""
-    assert step.method.size is not None, f"{step.key}: an export tells its size"
     outcomes = list(planned_schemes(model, before))
-    sizes = [step.method.size(model, schemes, step.options) for schemes in outcomes]
+    sizes = [export_size(step.method, model, schemes, step.options) for schemes in outcomes]
     searches = [one.options for one in before if isinstance(one.options, SearchOptions)]
     n_bytes = within_budget(model, searches[-1], outcomes, sizes) if searches else sizes[0]
     found: list[tuple[Serving, str | None]] = servings(step.key.removeprefix("export/"), model, outcomes[0])

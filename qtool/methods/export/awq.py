@@ -24,8 +24,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Encode, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -42,8 +41,13 @@ def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("awq", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(model), quantization_config(model, schemes))
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -54,11 +58,6 @@ def encoder(model: ModelHandle) -> Encode:
         return parts, replace(qt, scale=parts["scales"].T).dequantize()
 
     return packed_by(pack, WHERE, model.dtype)
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> int:
-    """Bytes of the folder, before any work."""
-    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes))
 
 
 def check_model(model: ModelHandle, options: AwqOptions) -> None:
@@ -97,4 +96,4 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     return config | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in dense}} if dense else {})
 
 
-METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes, size=size)
+METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage)

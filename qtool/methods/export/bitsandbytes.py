@@ -28,8 +28,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Encode, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -46,8 +45,13 @@ def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) ->
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, encoder(model), quantization_config(model, schemes))
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("bitsandbytes", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(model), quantization_config(model, schemes))
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -59,11 +63,6 @@ def encoder(model: ModelHandle) -> Encode:
         return parts, (unpack_rows(parts) if is_rows else unpack_blocks(parts)).dequantize()
 
     return packed_by(pack, WHERE, model.dtype)
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> int:
-    """Bytes of the folder, before any work."""
-    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes))
 
 
 def check_model(model: ModelHandle, options: BitsandbytesOptions) -> None:
@@ -137,6 +136,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    size=size,
+    storage=storage,
     schemes=("nf4g64", "fp4_bnbg32-dq", "w8a16"),
 )

@@ -41,8 +41,7 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Encode, write_checkpoint
+from qtool.model.writer import Encode, Storage, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -60,9 +59,14 @@ def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensors
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config = quantization_config(model, schemes)
-    is_lossless = write_checkpoint(model, out, encoder(model, schemes, "dequantize" in config), config)
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("compressed_tensors", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> Storage:
+    """What the checkpoint is made of."""
+    config = quantization_config(model, schemes)
+    return Storage(encoder(model, schemes, "dequantize" in config), config)
 
 
 def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -> Encode:
@@ -86,12 +90,6 @@ def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -
         return found, is_exact
 
     return encode
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> int:
-    """Bytes of the folder, before any work."""
-    config = quantization_config(model, schemes)
-    return checkpoint_size(model, schemes, encoder(model, schemes, "dequantize" in config), config)
 
 
 def check_model(model: ModelHandle, options: CompressedTensorsOptions) -> None:
@@ -185,5 +183,10 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 METHOD = Method(
-    run=compressed_tensors, options=CompressedTensorsOptions, scope="model", check=check_model, holds=check_schemes, size=size
+    run=compressed_tensors,
+    options=CompressedTensorsOptions,
+    scope="model",
+    check=check_model,
+    holds=check_schemes,
+    storage=storage,
 )

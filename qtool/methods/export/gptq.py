@@ -14,7 +14,6 @@ transformers.
 Costs: writing the file.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -31,9 +30,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, fused_units, head_name
-from qtool.model.sizes import checkpoint_size
-from qtool.model.store import write_text
-from qtool.model.writer import Encode, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -55,11 +52,15 @@ def gptq(model: ModelHandle, out: Path, options: GptqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
+    return describe_folder("gptq", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: GptqOptions) -> Storage:
+    """What the checkpoint is made of."""
     layout = layout_of(schemes, options)
     config = quantization_config(model, schemes, layout)
-    is_lossless = write_checkpoint(model, out, encoder(model, layout), config)
-    write_text(out / "quantize_config.json", json.dumps(config, indent=2) + "\n")
-    return describe_folder("gptq", out, is_lossless)
+    return Storage(encoder(model, layout), config, files={"quantize_config.json": config})
 
 
 def layout_of(schemes: dict[str, Scheme], options: GptqOptions) -> str:
@@ -76,13 +77,6 @@ def encoder(model: ModelHandle, layout: str) -> Encode:
         return parts, replace(qt, scale=parts["scales"].T).dequantize()
 
     return packed_by(pack, WHERE, model.dtype)
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: GptqOptions) -> int:
-    """Bytes of the folder, before any work."""
-    layout = layout_of(schemes, options)
-    config = quantization_config(model, schemes, layout)
-    return checkpoint_size(model, schemes, encoder(model, layout), config) + len(json.dumps(config, indent=2))
 
 
 def check_model(model: ModelHandle, options: GptqOptions) -> None:
@@ -134,4 +128,4 @@ def pattern_of(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes, size=size)
+METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage)

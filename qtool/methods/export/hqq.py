@@ -25,8 +25,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts, check_weights_alone
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Encode, packed_by, rope_settings, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, rope_settings, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -43,9 +42,13 @@ def hqq(model: ModelHandle, out: Path, options: HqqOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config = quantization_config(model, schemes)
-    is_lossless = write_checkpoint(model, out, encoder(model), config, settings=rope_settings(model))
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("hqq", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: HqqOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(model), quantization_config(model, schemes), settings=rope_settings(model))
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -56,12 +59,6 @@ def encoder(model: ModelHandle) -> Encode:
         return parts, unpack_hqq(parts).dequantize()
 
     return packed_by(pack, WHERE, model.dtype)
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: HqqOptions) -> int:
-    """Bytes of the folder, before any work."""
-    config = quantization_config(model, schemes)
-    return checkpoint_size(model, schemes, encoder(model), config, settings=rope_settings(model))
 
 
 def check_model(model: ModelHandle, options: HqqOptions) -> None:
@@ -122,6 +119,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    size=size,
+    storage=storage,
     schemes=("w4a16g32", "w3a16-asym", "w2a16g32-asymf16"),
 )

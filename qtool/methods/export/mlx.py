@@ -27,8 +27,7 @@ from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts, check_weights_alone, head_name
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Encode, packed_by, rope_settings, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, rope_settings, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -51,10 +50,15 @@ def mlx(model: ModelHandle, out: Path, options: MlxOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config = quantization_config(schemes)
-    settings = settings_of(model, config)
-    is_lossless = write_checkpoint(model, out, encoder(model, options), config, settings=settings)
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("mlx", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: MlxOptions) -> Storage:
+    """What the checkpoint is made of."""
+    config = quantization_config(schemes)
+    settings = {"quantization": config, "tie_word_embeddings": model.is_tied, **rope_settings(model)}
+    return Storage(encoder(model, options), config, settings=settings)
 
 
 def encoder(model: ModelHandle, options: MlxOptions) -> Encode:
@@ -67,17 +71,6 @@ def encoder(model: ModelHandle, options: MlxOptions) -> Encode:
         return parts, decode_mlx(parts, group, bits, mode)
 
     return packed_by(pack, WHERE, model.dtype)
-
-
-def settings_of(model: ModelHandle, config: dict[str, Any]) -> dict[str, Any]:
-    """What mlx-lm reads of config.json beside what transformers does."""
-    return {"quantization": config, "tie_word_embeddings": model.is_tied, **rope_settings(model)}
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: MlxOptions) -> int:
-    """Bytes of the folder, before any work."""
-    config = quantization_config(schemes)
-    return checkpoint_size(model, schemes, encoder(model, options), config, settings=settings_of(model, config))
 
 
 def check_model(model: ModelHandle, options: MlxOptions) -> None:
@@ -128,6 +121,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    size=size,
+    storage=storage,
     schemes=("w4a16g32", "w3a16g64-asym", "mxfp4"),
 )

@@ -14,8 +14,7 @@ from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import write_checkpoint
+from qtool.model.writer import DENSE, Storage, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -26,13 +25,14 @@ class SafetensorsOptions(ExportOptions):
 
 def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
     """Write the model into `out`; raises QtoolError where more than weights is quantized."""
-    check_schemes(model, model.schemes(), options)
-    return describe_folder("safetensors", out, lossless=write_checkpoint(model, out))
+    schemes = model.schemes()
+    check_schemes(model, schemes, options)
+    return describe_folder("safetensors", out, write_checkpoint(model, out, storage(model, schemes, options)))
 
 
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> int:
-    """Bytes of the folder, before any work."""
-    return checkpoint_size(model, schemes)
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return DENSE
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> None:
@@ -46,5 +46,5 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Safet
 
 
 METHOD = Method(
-    run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, size=size, holds_additions=True
+    run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, storage=storage, holds_additions=True
 )

@@ -26,8 +26,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts
 from qtool.model.linear import is_linear
-from qtool.model.sizes import checkpoint_size
-from qtool.model.writer import Describe, Encode, packed_by, write_checkpoint
+from qtool.model.writer import Describe, Encode, Storage, packed_by, write_checkpoint
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -44,9 +43,14 @@ def torchao(model: ModelHandle, out: Path, options: TorchaoOptions) -> Artifact:
     schemes = model.schemes()
     check_model(model, options)
     check_schemes(model, schemes, options)
-    config, describe = quantization_config(model, schemes), describer(model, next(iter(schemes.values())))
-    is_lossless = write_checkpoint(model, out, encoder(model), config, describe=describe)
+    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
     return describe_folder("torchao", out, is_lossless)
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> Storage:
+    """What the checkpoint is made of."""
+    describe = describer(model, next(iter(schemes.values())))
+    return Storage(encoder(model), quantization_config(model, schemes), describe)
 
 
 def encoder(model: ModelHandle) -> Encode:
@@ -77,12 +81,6 @@ def describer(model: ModelHandle, scheme: Scheme) -> Describe:
         return found | {"tensor_names": json.dumps(names)}
 
     return describe
-
-
-def size(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> int:
-    """Bytes of the folder, before any work."""
-    describe = describer(model, next(iter(schemes.values())))
-    return checkpoint_size(model, schemes, encoder(model), quantization_config(model, schemes), describe)
 
 
 def check_model(model: ModelHandle, options: TorchaoOptions) -> None:
@@ -167,6 +165,6 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    size=size,
+    storage=storage,
     schemes=("w8a16", "w8a16g32", "w8a8"),
 )
