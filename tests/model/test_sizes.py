@@ -10,7 +10,8 @@ from qtool.artifact import write_manifest
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
-from qtool.model.sizes import packed_size
+from qtool.model.sizes import export_size, packed_size
+from qtool.model.writer import Storage
 from qtool.registry import load
 
 Quantized = Callable[..., ModelHandle]
@@ -19,11 +20,10 @@ TinyModel = Callable[..., Path]
 
 def told_and_written(key: str, model: ModelHandle, out: Path) -> tuple[int, int]:
     method = load(key)
-    assert method.size is not None
     out.mkdir()
     artifact = method.run(model, out, method.options())
     write_manifest(out, artifact.sha256)
-    return method.size(model, model.schemes(), method.options()), sum(path.stat().st_size for path in out.iterdir())
+    return export_size(method, model, model.schemes(), method.options()), sum(path.stat().st_size for path in out.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_tall_matrix_is_told_from_two_flat_ones(
     def encode(name: str, layer: QuantLinear) -> tuple[dict[str, torch.Tensor], bool]:
         return layer.qt.parts(), True
 
-    told, _ = packed_size("x", shape, read, encode, None)
+    told, _ = packed_size("x", shape, read, Storage(encode))
     monkeypatch.setattr("qtool.model.sizes.FLAT", 10**6)
-    whole, _ = packed_size("x", shape, read, encode, None)
+    whole, _ = packed_size("x", shape, read, Storage(encode))
     assert abs(told - whole) < 10
