@@ -115,5 +115,5 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    schemes=("w4a16g32", "w3a16-asym", "w2a16g32-asymf16"),
+    schemes=("w4a16g32", "w3a16-asymf16"),
 )

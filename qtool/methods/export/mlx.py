@@ -116,5 +116,5 @@ METHOD = Method(
     scope="model",
     check=check_model,
     holds=check_schemes,
-    schemes=("w4a16g32", "w3a16g64-asym", "mxfp4"),
+    schemes=("w3a16g64-asym", "mxfp4"),
 )
