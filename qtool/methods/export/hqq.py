@@ -120,5 +120,5 @@ METHOD = Method(
     check=check_model,
     holds=check_schemes,
     storage=storage,
-    schemes=("w4a16g32", "w3a16-asym", "w2a16g32-asymf16"),
+    schemes=("w4a16g32", "w3a16-asymf16"),
 )

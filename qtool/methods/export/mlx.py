@@ -122,5 +122,5 @@ METHOD = Method(
     check=check_model,
     holds=check_schemes,
     storage=storage,
-    schemes=("w4a16g32", "w3a16g64-asym", "mxfp4"),
+    schemes=("w3a16g64-asym", "mxfp4"),
 )

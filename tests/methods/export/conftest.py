@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qtool import registry
 from qtool.artifact import Artifact
 from qtool.calibration.tokens import ASSETS
+from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
@@ -141,6 +142,44 @@ def same_codes() -> Callable[[ModelHandle, ModelHandle], None]:
             assert found[name].of_tensor == expected.of_tensor, name
         words = [{name: str(scheme) for name, scheme in handle.schemes().items()} for handle in (read, model)]
         assert words[0] == words[1]
+
+    return check
+
+
+@pytest.fixture
+def comes_back(
+    tiny_model: Callable[..., Path],
+    quantized: Callable[..., ModelHandle],
+    export: Callable[..., Artifact],
+    tmp_path: Path,
+    same_codes: Callable[[ModelHandle, ModelHandle], None],
+    logits_of: Callable[[ModelHandle], torch.Tensor],
+) -> Callable[..., None]:
+    """`comes_back("gptq", "llama", "w4a16g32", "bfloat16")`: the export says that it is lossless, and qtool reads the same."""
+
+    def check(name: str, family: str, scheme: object, dtype: str = "float32") -> None:
+        model = quantized(tiny_model(family, dtype=dtype), scheme)
+        assert export(name, model).lossless
+        found = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
+        same_codes(found, model)
+        assert torch.equal(logits_of(found), logits_of(model))
+
+    return check
+
+
+@pytest.fixture
+def refused(
+    tiny_model: Callable[..., Path],
+    quantized: Callable[..., ModelHandle],
+    export: Callable[..., Artifact],
+    tmp_path: Path,
+) -> Callable[[str, str, object, str], None]:
+    """`refused("gptq", "gpt2", "w4a16g32", "Conv1D cannot be held")`: in these words, before anything is written."""
+
+    def check(name: str, family: str, scheme: object, message: str) -> None:
+        with pytest.raises(QtoolError, match=message):
+            export(name, quantized(tiny_model(family), scheme))
+        assert list((tmp_path / "out").iterdir()) == []
 
     return check
 

@@ -1,6 +1,5 @@
 """The AWQ export: qtool's reader gives back every code, the config says what lies in the file, misfits are refused first."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,13 @@ Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
+ConfigOf = Callable[[Path], dict[str, Any]]
+Read = Callable[[Path], ModelHandle]
 
 
 def export(model: ModelHandle, out: Path) -> Artifact:
     out.mkdir()
     return awq(model, out, AwqOptions())
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return config
-
-
-def read(folder: Path) -> ModelHandle:
-    return ModelHandle(ModelOptions(path=str(folder)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,6 +39,7 @@ def test_every_code_comes_back(
     tmp_path: Path,
     same_codes: SameCodes,
     logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -69,7 +62,9 @@ def test_the_file_holds_four_tensors_a_linear_in_the_shapes_of_the_layout(
     }
 
 
-def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_config_says_what_the_file_holds(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+) -> None:
     export(quantized(tiny_model("llama"), "w4a16-asym"), tmp_path / "out")
     assert config_of(tmp_path / "out") == {
         "quant_method": "awq",
@@ -82,7 +77,7 @@ def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Q
 
 
 def test_symmetric_and_asymmetric_and_dense_linears_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
 ) -> None:
     schemes = {"layers.0.self_attn.*": "w4a16g32-asym", "mlp.*": "w4a16g32"}
     model = quantized(tiny_model("llama"), schemes)
@@ -96,7 +91,7 @@ def test_symmetric_and_asymmetric_and_dense_linears_go_together(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
 def test_other_families_come_back_too(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32-asym")
     assert export(model, tmp_path / "out").lossless
@@ -104,7 +99,7 @@ def test_other_families_come_back_too(
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
     export(model, tmp_path / "out")
@@ -114,7 +109,7 @@ def test_tied_embeddings_are_written_once_and_dense(
 
 
 def test_the_smallest_matrices_that_kernels_take_come_back(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = quantized(tiny_model("llama", **sizes), "w4a16g16")

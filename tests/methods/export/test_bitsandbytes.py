@@ -1,6 +1,5 @@
 """The bitsandbytes export: qtool's reader gives back every code, the config says what lies in the file, misfits are refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,14 @@ Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
+ConfigOf = Callable[[Path], dict[str, Any]]
+Read = Callable[[Path], ModelHandle]
 SCHEMES = ("nf4g64", "nf4g32", "fp4_bnbg64", "nf4g32-dq", "fp4_bnbg64-dq", "w8a16")
 
 
 def export(model: ModelHandle, out: Path) -> Artifact:
     out.mkdir()
     return bitsandbytes(model, out, BitsandbytesOptions())
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return config
-
-
-def read(folder: Path) -> ModelHandle:
-    return ModelHandle(ModelOptions(path=str(folder)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -48,6 +40,7 @@ def test_every_code_comes_back(
     tmp_path: Path,
     same_codes: SameCodes,
     logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -96,7 +89,9 @@ def test_the_file_holds_a_linear_under_the_names_of_the_layout(
     assert found == wanted | {"bias": ("torch.bfloat16", (32,))}
 
 
-def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_config_says_what_the_file_holds(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+) -> None:
     export(quantized(tiny_model("llama", dtype="bfloat16"), "nf4g64-dq"), tmp_path / "four")
     assert config_of(tmp_path / "four") == {
         "quant_method": "bitsandbytes",
@@ -120,7 +115,7 @@ def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Q
 
 
 def test_formats_and_dense_linears_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama"), {"layers.0.self_attn.*": "fp4_bnbg64", "mlp.*": "nf4g32-dq"})
     assert export(model, tmp_path / "out").lossless
@@ -140,6 +135,7 @@ def test_other_families_come_back_too(
     tmp_path: Path,
     same_codes: SameCodes,
     logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -149,7 +145,14 @@ def test_other_families_come_back_too(
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_quantized_head_is_not_skipped(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, logits_of: LogitsOf
+    family: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    logits_of: LogitsOf,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model(family, tie_word_embeddings=False), {"lm_head": "fp4_bnbg32", "*": "nf4g64"})
     assert export(model, tmp_path / "out").lossless
@@ -159,7 +162,7 @@ def test_a_quantized_head_is_not_skipped(
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, config_of: ConfigOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "nf4g64")
     export(model, tmp_path / "out")

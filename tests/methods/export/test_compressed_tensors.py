@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,16 +27,13 @@ TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 Reload = Callable[[Path], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
+ConfigOf = Callable[[Path], dict[str, Any]]
 FLOATS = ["nvfp4", "mxfp4", "mxfp8_e4m3", "e4m3", "e4m3g32"]
 
 
 def export(model: ModelHandle, out: Path) -> Artifact:
     out.mkdir()
     return compressed_tensors(model, out, CompressedTensorsOptions())
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def assert_same_weights(model: ModelHandle, other: ModelHandle) -> None:
@@ -67,6 +65,7 @@ def test_transformers_computes_the_same_from_float_weights(
     logits_of: LogitsOf,
     reload: Reload,
     same_codes: SameCodes,
+    config_of: ConfigOf,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     is_lossless = export(model, tmp_path / "out").lossless
@@ -87,6 +86,7 @@ def test_formats_of_a_model_may_differ(
     logits_of: LogitsOf,
     reload: Reload,
     same_codes: SameCodes,
+    config_of: ConfigOf,
 ) -> None:
     floats = {"q_proj": "nvfp4", "k_proj": "mxfp4", "v_proj": "e4m3", "o_proj": "mxfp8_e4m3", "gate_proj": "w4a16g32"}
     model = quantized(tiny_model("llama", dtype="bfloat16"), floats | {"lm_head": "e4m3g32"})
@@ -119,7 +119,7 @@ def test_transformers_does_not_multiply_bfloat16_weights_among_several_schemes(
 
 
 def test_the_config_says_which_activations_go_with_float_weights(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload, config_of: ConfigOf
 ) -> None:
     model = quantized(tiny_model("llama"), {"weights": {"format": "e4m3"}, "activations": {"bits": 8}})
     assert export(model, tmp_path / "out").lossless
@@ -195,7 +195,7 @@ def test_transformers_computes_the_same_with_quantized_activations(
     "scheme", ["w4a16g32", "w4a16g32-asym", "w3a16-asym", "w8a16g16-asym", "w8a8", "w8a8-asym", "w4a8g32-asym", *FLOATS]
 )
 def test_the_library_decodes_the_weights_of_the_model_in_memory(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
     export(model, tmp_path / "out")
@@ -222,7 +222,7 @@ def test_qtool_reads_its_own_bytes_back(
 
 
 def test_every_scheme_is_a_group_that_names_its_linears(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload, config_of: ConfigOf
 ) -> None:
     schemes = {"q_proj": "w8a16", "down_proj": "w4a8g32", "layers.0.mlp.*": "w3a16g32", "mlp.*": "w4a16g16"}
     model = quantized(tiny_model("llama"), schemes)
@@ -336,7 +336,13 @@ def test_transformers_loads_a_mixture_of_mxfp4_experts(
     ],
 )
 def test_experts_stand_one_by_one_under_the_names_of_the_dense_checkpoint(
-    family: str, expert: str, sides: dict[str, list[int]], tiny_mixture: TinyModel, quantized: Quantized, tmp_path: Path
+    family: str,
+    expert: str,
+    sides: dict[str, list[int]],
+    tiny_mixture: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    config_of: ConfigOf,
 ) -> None:
     folder = tiny_mixture(family)
     model = quantized(folder, {"experts.*": "w4a16g32", "self_attn.*": "w4a16g32"})

@@ -22,6 +22,8 @@ Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
+ConfigOf = Callable[[Path], dict[str, Any]]
+Read = Callable[[Path], ModelHandle]
 SCHEMES = [f"w{bits}a16{group}" for bits in (2, 3, 4, 8) for group in ("", "g32")]
 
 
@@ -30,19 +32,17 @@ def export(model: ModelHandle, out: Path, **options: object) -> Artifact:
     return gptq(model, out, GptqOptions.model_validate(options))
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return config
-
-
-def read(folder: Path) -> ModelHandle:
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_code_of_symmetric_weights_comes_back(
-    scheme: str, layout: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    scheme: str,
+    layout: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
     assert export(model, tmp_path / "out", checkpoint_format=layout).lossless
@@ -52,7 +52,14 @@ def test_every_code_of_symmetric_weights_comes_back(
 
 @pytest.mark.parametrize("scheme", [f"{scheme}-asym" for scheme in SCHEMES])
 def test_every_code_of_asymmetric_weights_comes_back_from_v2(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, logits_of: LogitsOf
+    scheme: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    logits_of: LogitsOf,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -78,7 +85,9 @@ def test_the_file_holds_five_tensors_a_linear_in_the_shapes_of_the_layout(
     }
 
 
-def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_config_says_what_the_file_holds(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+) -> None:
     artifact = export(quantized(tiny_model("llama"), "w4a16"), tmp_path / "out")
     config = config_of(tmp_path / "out")
     assert config == {
@@ -95,7 +104,7 @@ def test_the_config_says_what_the_file_holds(tiny_model: TinyModel, quantized: Q
 
 
 def test_several_schemes_and_dense_linears_stand_in_dynamic_by_name(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
 ) -> None:
     schemes = {"layers.0.mlp.down_proj": "w3a16", "mlp.*": "w4a16g32", "layers.1.self_attn.[qkv]_proj": "w8a16g64-asym"}
     model = quantized(tiny_model("llama"), schemes)
@@ -113,7 +122,13 @@ def test_several_schemes_and_dense_linears_stand_in_dynamic_by_name(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
 def test_other_families_come_back_too(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, logits_of: LogitsOf
+    family: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32")
     assert export(model, tmp_path / "out").lossless
@@ -122,7 +137,13 @@ def test_other_families_come_back_too(
 
 
 def test_a_quantized_head_is_said_to_be_one(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, logits_of: LogitsOf
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    logits_of: LogitsOf,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16g32", "*": "w4a16g32"})
     export(model, tmp_path / "out")
@@ -133,7 +154,9 @@ def test_a_quantized_head_is_said_to_be_one(
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
-def test_the_head_alone_may_be_quantized(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_head_alone_may_be_quantized(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf, read: Read
+) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w4a16g32"})
     export(model, tmp_path / "out")
     config = config_of(tmp_path / "out")
@@ -142,7 +165,7 @@ def test_the_head_alone_may_be_quantized(tiny_model: TinyModel, quantized: Quant
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
     export(model, tmp_path / "out")
@@ -153,7 +176,7 @@ def test_tied_embeddings_are_written_once_and_dense(
 
 
 def test_the_smallest_matrices_that_kernels_take_come_back(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = quantized(tiny_model("llama", **sizes), "w3a16g16-asym")

@@ -22,6 +22,8 @@ Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
+ConfigOf = Callable[[Path], dict[str, Any]]
+Read = Callable[[Path], ModelHandle]
 NAME = "model.layers.1.self_attn.k_proj"  # [32, 64]
 
 
@@ -30,18 +32,9 @@ def export(model: ModelHandle, out: Path) -> Artifact:
     return torchao(model, out, TorchaoOptions())
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return config
-
-
 def metadata_of(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         return {key: text if key == "format" else json.loads(text) for key, text in file.metadata().items()}
-
-
-def read(folder: Path) -> ModelHandle:
-    return ModelHandle(ModelOptions(path=str(folder)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,6 +47,7 @@ def test_every_code_comes_back(
     tmp_path: Path,
     same_codes: SameCodes,
     logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
     assert export(model, tmp_path / "out").lossless
@@ -96,7 +90,12 @@ def test_the_metadata_tells_class_and_fields_of_each_tensor(
 
 
 def test_each_files_metadata_names_what_the_files_before_it_hold_too(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_codes: SameCodes
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    same_codes: SameCodes,
+    read: Read,
 ) -> None:
     monkeypatch.setattr(module, "write_checkpoint", functools.partial(module.write_checkpoint, shard_bytes=10_000))
     model = quantized(tiny_model("llama"), "w8a16")
@@ -108,7 +107,9 @@ def test_each_files_metadata_names_what_the_files_before_it_hold_too(
     same_codes(read(tmp_path / "out"), model)
 
 
-def test_the_config_is_that_of_torchao(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_config_is_that_of_torchao(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+) -> None:
     export(quantized(tiny_model("llama"), "w8a8"), tmp_path / "w8a8")
     row = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
     fields = {
@@ -138,7 +139,13 @@ def test_the_config_is_that_of_torchao(tiny_model: TinyModel, quantized: Quantiz
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox"])
 def test_other_families_come_back_too(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, logits_of: LogitsOf
+    family: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    logits_of: LogitsOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model(family), "w8a16")
     assert export(model, tmp_path / "out").lossless
@@ -147,7 +154,7 @@ def test_other_families_come_back_too(
 
 
 def test_a_dense_block_and_a_quantized_head_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16", "layers.1.*": "w8a16"})
     export(model, tmp_path / "out")
@@ -157,7 +164,7 @@ def test_a_dense_block_and_a_quantized_head_go_together(
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w8a16")
     export(model, tmp_path / "out")

@@ -1,13 +1,11 @@
 """The reader of AWQ checkpoints: takes what others write, refuses what it cannot decode."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
@@ -17,6 +15,7 @@ from qtool.options import ModelOptions
 
 NAME = "model.layers.0.self_attn.q_proj"
 Change = Callable[[dict[str, Any]], object]
+ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
 @pytest.fixture
@@ -27,21 +26,7 @@ def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHand
     return out
 
 
-def change_config(folder: Path, change: Change) -> ModelHandle:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
-def change_tensors(folder: Path, change: Change) -> ModelHandle:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
-def test_weights_made_nibble_by_nibble_are_read(exported: Path) -> None:
+def test_weights_made_nibble_by_nibble_are_read(exported: Path, change_tensors: ChangeFile) -> None:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     codes = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [in, out]
     zeros = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(1)).tolist()  # [groups, out]
@@ -71,7 +56,7 @@ def test_weights_made_nibble_by_nibble_are_read(exported: Path) -> None:
         lambda config: config.update(format=config.pop("version"), zero_point=False),
     ],
 )
-def test_configs_as_others_write_them_are_read(change: Change, exported: Path) -> None:
+def test_configs_as_others_write_them_are_read(change: Change, exported: Path, change_config: ChangeFile) -> None:
     expected = ModelHandle(ModelOptions(path=str(exported))).block(0).get(NAME)
     found = change_config(exported, change).block(0).get(NAME)
     assert isinstance(expected, QuantLinear) and isinstance(found, QuantLinear)
@@ -87,7 +72,7 @@ def test_configs_as_others_write_them_are_read(change: Change, exported: Path) -
         (lambda c: c.update(quant_method="gptq", sym=False), "q_proj: qweight is torch.int32 .*, must be"),
     ],
 )
-def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Path) -> None:
+def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Path, change_config: ChangeFile) -> None:
     model = change_config(exported, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
@@ -104,7 +89,9 @@ def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported
         ),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(change: Change, message: str, exported: Path) -> None:
+def test_a_file_that_contradicts_itself_is_refused(
+    change: Change, message: str, exported: Path, change_tensors: ChangeFile
+) -> None:
     model = change_tensors(exported, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
@@ -21,6 +21,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 STATE = f"{NAME}.weight.quant_state.bitsandbytes__nf4"
 Change = Callable[[dict[str, Any]], object]
 Export = Callable[[str], Path]
+ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
 @pytest.fixture
@@ -36,20 +37,6 @@ def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHand
     return build
 
 
-def change_config(folder: Path, change: Change) -> ModelHandle:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
-def change_tensors(folder: Path, change: Change) -> ModelHandle:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
 def change_state(tensors: dict[str, Any], **fields: object) -> None:
     state = json.loads(bytes(tensors[STATE].tolist())) | fields
     tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -59,7 +46,7 @@ def layers(model: ModelHandle) -> dict[str, torch.Tensor]:
     return {name: weight_of(layer) for block in model.blocks() for name, layer in block.linears().items()}
 
 
-def test_weights_made_number_by_number_are_read(exported: Export) -> None:
+def test_weights_made_number_by_number_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     levels = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
     codes = torch.randint(0, 5, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [out, in]
 
@@ -75,7 +62,7 @@ def test_weights_made_number_by_number_are_read(exported: Export) -> None:
     assert layer.weight_values(torch.float32).tolist() == W
 
 
-def test_scales_quantized_by_the_table_of_bitsandbytes_are_read(exported: Export) -> None:
+def test_scales_quantized_by_the_table_of_bitsandbytes_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     folder = exported("nf4g32-dq")
     table = torch.linspace(-1, 1, 256).pow(3)
     c = torch.randint(0, 256, (128,), generator=torch.Generator().manual_seed(0))
@@ -103,19 +90,19 @@ def test_scales_quantized_by_the_table_of_bitsandbytes_are_read(exported: Export
         lambda config: config.update(_load_in_4bit=True, _load_in_8bit=False, llm_int8_threshold=6.0),
     ],
 )
-def test_configs_as_others_write_them_are_read(change: Change, exported: Export) -> None:
+def test_configs_as_others_write_them_are_read(change: Change, exported: Export, change_config: ChangeFile) -> None:
     folder = exported("nf4g32")
     expected = layers(ModelHandle(ModelOptions(path=str(folder))))
     found = layers(change_config(folder, change))
     assert expected and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_rows_without_a_format_are_read(exported: Export) -> None:
+def test_rows_without_a_format_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     model = change_tensors(exported("w8a16"), lambda t: [t.pop(name) for name in [*t] if name.endswith("weight_format")])
     assert isinstance(model.block(0).get(NAME), QuantLinear)
 
 
-def test_codes_that_are_not_kept_in_bytes_are_refused(exported: Export) -> None:
+def test_codes_that_are_not_kept_in_bytes_are_refused(exported: Export, change_config: ChangeFile) -> None:
     model = change_config(exported("nf4g32"), lambda config: config.update(bnb_4bit_quant_storage="bfloat16"))
     with pytest.raises(QtoolError, match=r"codes kept as bfloat16 \(bnb_4bit_quant_storage\) cannot be read, uint8 can"):
         model.block(0)
@@ -133,13 +120,15 @@ def test_codes_that_are_not_kept_in_bytes_are_refused(exported: Export) -> None:
         ("w8a16", lambda t: t[f"{NAME}.weight_format"].fill_(1), "q_proj: its weight_format is that of an old kernel"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(scheme: str, change: Change, message: str, exported: Export) -> None:
+def test_a_file_that_contradicts_itself_is_refused(
+    scheme: str, change: Change, message: str, exported: Export, change_tensors: ChangeFile
+) -> None:
     model = change_tensors(exported(scheme), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
 
-def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Path]) -> None:
+def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Path], change_tensors: ChangeFile) -> None:
     folder = tiny_model("mixtral")
 
     def change(tensors: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
 
+ChangeFile = Callable[[Path, Callable[[dict[str, Any]], None]], ModelHandle]
+
 ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -178,13 +180,6 @@ def packed(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle
     return out
 
 
-def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> ModelHandle:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,7 +216,9 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Mod
         ),
     ],
 )
-def test_what_it_cannot_decode_is_refused(change: Callable[[dict[str, Any]], None], message: str, packed: Path) -> None:
+def test_what_it_cannot_decode_is_refused(
+    change: Callable[[dict[str, Any]], None], message: str, packed: Path, change_config: ChangeFile
+) -> None:
     model = change_config(packed, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
@@ -230,7 +227,9 @@ def test_what_it_cannot_decode_is_refused(change: Callable[[dict[str, Any]], Non
 @pytest.mark.parametrize(
     "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 16}]
 )
-def test_activations_that_it_would_round_otherwise_are_refused(wrong: dict[str, Any], packed: Path) -> None:
+def test_activations_that_it_would_round_otherwise_are_refused(
+    wrong: dict[str, Any], packed: Path, change_config: ChangeFile
+) -> None:
     group = {"input_activations": ACTIVATIONS | wrong}
     model = change_config(packed, lambda c: c["config_groups"]["group_0"].update(group))
     with pytest.raises(
@@ -257,7 +256,7 @@ def test_weights_that_are_only_rounded_are_no_codes(packed: Path) -> None:
         ModelHandle(ModelOptions(path=str(packed))).block(0)
 
 
-def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(packed: Path) -> None:
+def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(packed: Path, change_config: ChangeFile) -> None:
     def change(config: dict[str, Any]) -> None:
         group = config["config_groups"]["group_0"]
         wide, other = (group | {"weights": group["weights"] | {"num_bits": bits}} for bits in (8, 5))
@@ -269,7 +268,7 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(packed: Pat
 
 
 def test_halves_of_an_expert_must_be_stored_alike(
-    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path
+    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path, change_config: ChangeFile
 ) -> None:
     out = tmp_path / "packed"
     out.mkdir()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qtool.errors import QtoolError
 from qtool.formats.packing import pack_int32, unpack_int32
@@ -21,6 +20,7 @@ from qtool.options import ModelOptions
 NAME = "model.layers.0.self_attn.q_proj"
 Change = Callable[[dict[str, Any]], object]
 Export = Callable[..., Path]
+ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
 @pytest.fixture
@@ -36,26 +36,14 @@ def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHand
     return build
 
 
-def change_config(folder: Path, change: Change) -> ModelHandle:
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
-def change_tensors(folder: Path, change: Change) -> ModelHandle:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
 def layers(model: ModelHandle) -> dict[str, torch.Tensor]:
     return {name: weight_of(layer) for block in model.blocks() for name, layer in block.linears().items()}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_checkpoint_of_either_format_decodes_to_the_same_weights(bits: int, exported: Export) -> None:
+def test_a_checkpoint_of_either_format_decodes_to_the_same_weights(
+    bits: int, exported: Export, change_config: ChangeFile, change_tensors: ChangeFile
+) -> None:
     folder = exported(f"w{bits}a16g32-asym")
 
     def to_v1(tensors: dict[str, Any]) -> None:
@@ -82,20 +70,20 @@ def test_a_checkpoint_of_either_format_decodes_to_the_same_weights(bits: int, ex
         lambda config: config.update(dynamic={"-:.*lm_head": {}, r".*\.down_proj": {"bits": 4}}),
     ],
 )
-def test_configs_as_others_write_them_are_read(change: Change, exported: Export) -> None:
+def test_configs_as_others_write_them_are_read(change: Change, exported: Export, change_config: ChangeFile) -> None:
     folder = exported("w4a16g32")
     expected = layers(ModelHandle(ModelOptions(path=str(folder))))
     found = layers(change_config(folder, change))
     assert expected and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_g_idx_may_be_left_out(exported: Export) -> None:
+def test_g_idx_may_be_left_out(exported: Export, change_tensors: ChangeFile) -> None:
     folder = exported("w4a16g32")
     model = change_tensors(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("g_idx")])
     assert isinstance(model.block(0).get(NAME), QuantLinear)
 
 
-def test_the_first_pattern_that_fits_counts_and_minus_goes_before_plus(exported: Export) -> None:
+def test_the_first_pattern_that_fits_counts_and_minus_goes_before_plus(exported: Export, change_config: ChangeFile) -> None:
     folder = exported({"self_attn.*": "w8a16g32", "mlp.*": "w4a16g32"})
 
     def change(config: dict[str, Any]) -> None:
@@ -135,7 +123,7 @@ def test_the_first_pattern_that_fits_counts_and_minus_goes_before_plus(exported:
         (lambda c: c.update(quant_method="awq", checkpoint_format="gemm"), "q_proj: qweight is torch.int32 .*, must be"),
     ],
 )
-def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Export) -> None:
+def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Export, change_config: ChangeFile) -> None:
     model = change_config(exported("w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
@@ -151,13 +139,17 @@ def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported
         (lambda t: t[f"{NAME}.scales"].fill_(torch.nan), "scales holds 128 NaN or infinite values"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(change: Change, message: str, exported: Export) -> None:
+def test_a_file_that_contradicts_itself_is_refused(
+    change: Change, message: str, exported: Export, change_tensors: ChangeFile
+) -> None:
     model = change_tensors(exported("w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
 
-def test_a_zero_point_of_0_is_read_from_the_older_format_where_gptqmodel_wrote_it(exported: Export) -> None:
+def test_a_zero_point_of_0_is_read_from_the_older_format_where_gptqmodel_wrote_it(
+    exported: Export, change_config: ChangeFile, change_tensors: ChangeFile
+) -> None:
     folder = exported("w4a16g32-asym")
     change_tensors(folder, lambda tensors: tensors[f"{NAME}.qzeros"].fill_(-1))
     model = change_config(folder, lambda config: config.update(checkpoint_format="gptq"))
@@ -168,7 +160,7 @@ def test_a_zero_point_of_0_is_read_from_the_older_format_where_gptqmodel_wrote_i
     assert layer.qt.zero[:, 0].tolist() == 8 * [0, 1, 1, 1, 1, 1, 1, 1]
 
 
-def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Path]) -> None:
+def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Path], change_tensors: ChangeFile) -> None:
     folder = tiny_model("mixtral")
 
     def change(tensors: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
@@ -18,6 +17,7 @@ from qtool.options import ModelOptions
 NAME = "model.layers.0.self_attn.q_proj"
 Change = Callable[[dict[str, Any]], object]
 Export = Callable[[str], Path]
+ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
 @pytest.fixture
@@ -41,14 +41,7 @@ def change_config(folder: Path, change: Change) -> ModelHandle:
     return ModelHandle(ModelOptions(path=str(folder)))
 
 
-def change_tensors(folder: Path, change: Change) -> ModelHandle:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return ModelHandle(ModelOptions(path=str(folder)))
-
-
-def test_weights_made_number_by_number_are_read(exported: Export) -> None:
+def test_weights_made_number_by_number_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     codes = torch.randint(-128, 128, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [out, in]
 
     def change(tensors: dict[str, Any]) -> None:
@@ -117,7 +110,9 @@ def test_a_config_that_cannot_be_decoded_is_refused(scheme: str, change: Change,
         (lambda t: t[f"{NAME}._weight_zero_point"].fill_(3), "q_proj: zero points other than 0 cannot be read"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(change: Change, message: str, exported: Export) -> None:
+def test_a_file_that_contradicts_itself_is_refused(
+    change: Change, message: str, exported: Export, change_tensors: ChangeFile
+) -> None:
     model = change_tensors(exported("w8a16"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
