@@ -64,6 +64,9 @@ class TrainingOptions(Options):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; then cosine to zero")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    generate: int = Field(
+        0, ge=0, description="more windows to train on, which the original writes itself, begun with the calibration's tokens"
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a killed run goes on from")
 
 

@@ -40,7 +40,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "methods": (6, {"torch", "pydantic"}),
     "laws": (6, {"torch", "transformers"}),
     "recipe": (7, {"yaml", "pydantic"}),
-    "pipeline": (7, {"torch"}),
+    "pipeline": (7, {"torch", "transformers", "safetensors"}),
     "report": (7, {"yaml"}),
     "cli": (8, {"typer", "rich"}),
     "__main__": (8, set()),

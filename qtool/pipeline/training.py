@@ -1,16 +1,19 @@
 """The one training driver: AdamW, warm-up then cosine, accumulation, clipping, checkpoints that resume to the bit.
 
 The student trains in float32 under bf16 autocast and is rounded to its own dtype at the end. What trains: every dense
-parameter, and the scales of quantized layers; weights that are exactly zero stay zero, so a pruned pattern survives.
-Step n always sees the same windows (a seeded order over the calibration tokens), so a run that was killed and goes on from
-its last checkpoint ends with the same bits.
+parameter, the scales of quantized layers and, where asked for, their codes (see layers/learned_codes.py); weights that are
+exactly zero stay zero, so a pruned pattern survives.
+Step n always sees the same windows (a seeded order over the calibration tokens and those that the original wrote), so a run
+that was killed and goes on from its last checkpoint ends with the same bits.
 """
 
 import math
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qtool.errors import QtoolError
 from qtool.layers.learned_codes import LearnedCodes
@@ -20,6 +23,7 @@ from qtool.model.linear import is_linear
 from qtool.model.store import Changes, save_changes, write_atomically
 from qtool.options import TrainingOptions
 from qtool.pipeline.folder import StepFolder
+from qtool.pipeline.generation import TOGETHER, write_windows
 from qtool.progress import Progress
 from qtool.registry import Method
 
@@ -35,11 +39,13 @@ def run_training(
     progress: Progress,
 ) -> dict[str, Any]:
     """Train the model on the loss of `method`; writes every unit's changes and returns the curve of losses."""
-    progress.stage(method.key, options.steps)
+    progress.stage(method.key, options.steps + -(-options.generate // TOGETHER))
     checkpoint = folder.path / "checkpoint.pt"
     batch = options.batch
-    order = seeded_order(len(tokens), options.steps * batch, seed)
+    order = seeded_order(len(tokens) + options.generate, options.steps * batch, seed)
     with model.materialized() as student, teacher.materialized() as original:
+        if options.generate:
+            tokens = torch.cat([tokens, written_windows(original, tokens, options.generate, seed, folder, progress)])
         learned = learn_codes(method.key, student) if options.code_lr else {}
         names = {id(p): name for name, p in student.named_parameters()}
         stored_dtype = {name: p.dtype for name, p in student.named_parameters()}
@@ -102,7 +108,22 @@ def run_training(
             put(student, name, layer.quantized())
         save_units(model, student, {names[id(p)] for p in parameters}, folder)
     checkpoint.unlink(missing_ok=True)
+    (folder.path / "written.safetensors").unlink(missing_ok=True)
     return {"losses": losses, "linears": [], "fallbacks": []}
+
+
+def written_windows(
+    original: PreTrainedModel, tokens: Tensor, count: int, seed: int, folder: StepFolder, progress: Progress
+) -> Tensor:
+    """`write_windows`, kept with the step, so that a run that goes on trains on the same text."""
+    path = folder.path / "written.safetensors"
+    if path.is_file():
+        for _ in range(0, count, TOGETHER):
+            progress.advance()
+        return load_file(path)["tokens"]
+    found = write_windows(original, tokens, count, seed, progress)
+    write_atomically(path, lambda temporary: save_file({"tokens": found}, temporary))
+    return found
 
 
 def learn_codes(where: str, student: nn.Module) -> dict[str, LearnedCodes]:

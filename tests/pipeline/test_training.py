@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from qtool import registry
+from qtool.errors import QtoolError
 from qtool.methods.distill.logits import LogitsOptions
 from qtool.model.handle import ModelHandle
 from qtool.model.store import load_changes
@@ -98,6 +99,53 @@ def test_codes_stay_and_scales_learn(distill: Distill) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(old[name][0].codes, new[name][0].codes)  # type: ignore[index,union-attr]
     assert not torch.equal(old[name][0].scale, new[name][0].scale)  # type: ignore[index,union-attr]
+
+
+def test_codes_learn_where_they_may(distill: Distill) -> None:
+    _, before = distill("before", steps=0, code_lr=0.05)
+    losses, after = distill("after", steps=30, lr=1e-8, code_lr=0.05)  # codes alone
+    old, new = (load_changes(folder / "block_000.safetensors") for folder in (before, after))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    changed = (old[name][0].codes != new[name][0].codes).float().mean()  # type: ignore[index,union-attr]
+    assert 0 < changed < 0.5
+    assert set(new[name][0].codes.unique().tolist()) <= {-2, -1, 0, 1}  # type: ignore[index,union-attr]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_without_a_step_codes_that_may_learn_stay(distill: Distill) -> None:
+    _, asked = distill("asked", steps=0, code_lr=0.2)
+    _, left = distill("left", steps=0)
+    assert read_all(asked) == read_all(left)
+
+
+def test_a_training_of_codes_on_written_windows_resumes_to_the_bit(distill: Distill) -> None:
+    options = {"code_lr": 0.05, "generate": 8}
+    whole, folder = distill("whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        distill("cut", progress=StopAfter(7), **options)
+    assert (folder.parent.parent.parent / "cut" / "state" / folder.name / "written.safetensors").is_file()
+    resumed, cut = distill("cut", **options)
+    assert resumed == whole
+    assert read_all(cut) == read_all(folder)
+    assert not (cut / "written.safetensors").exists()
+
+
+def test_codes_of_a_lattice_cannot_learn(
+    tmp_path: Path, tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle]
+) -> None:
+    student = quantized(tiny_model("llama"), "e8pg64")
+    state = StepFolder(RunFolder(tmp_path / "run"), 0, "distill/logits")
+    with pytest.raises(QtoolError, match="e8pg64: codes learn where scales and zero points are all that stands beside them"):
+        run_training(
+            ModelHandle(student.options, (*student.changes, state.path)),
+            ModelHandle(student.options),
+            registry.load("distill/logits"),
+            LogitsOptions(steps=1, code_lr=0.01),
+            torch.zeros(1, 8, dtype=torch.int64),
+            seed=0,
+            folder=state,
+            progress=Silent(),
+        )
 
 
 def test_a_pruned_pattern_survives_training(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
