@@ -9,8 +9,8 @@ Differs from GPTQ's own code: groups are always neighbours (desc_act: false), wh
 Why zero points need gptq_v2: format gptq stores them less one and cannot hold 0, and GPTQModel 7.7 takes them there only
 from its own hand. Symmetric schemes go into either; gptq is what more runtimes read.
 Source: GPTQModel 7.7, https://github.com/ModelCloud/GPTQModel.
-For: GPTQModel, and vLLM and SGLang, integer weights of 2, 3, 4 or 8 bits. compressed_tensors holds more, and loads in plain
-transformers.
+For: GPTQModel, integer weights of 2, 3, 4 or 8 bits; vLLM and SGLang take those of 4 and 8 without zero points.
+compressed_tensors holds more, and loads in plain transformers.
 Costs: writing the file.
 """
 
