@@ -50,6 +50,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name:
             raise QtoolError(f"{folder / MANIFEST}: line {number} is no digest and name; the export is damaged, write it again")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise QtoolError(f"{folder / MANIFEST}: line {number} names {name}, outside the folder; write the export again")
         sha256[name] = digest
     return sha256
 

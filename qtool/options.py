@@ -45,6 +45,7 @@ class ModelOptions(Shorthand):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: the checkpoint's")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    allow_pickle: bool = Field(False, description="read pytorch_model.bin where there is no safetensors file")
 
     @classmethod
     def expand(cls, word: str) -> dict[str, object]:

@@ -459,7 +459,7 @@ def study(arguments: argparse.Namespace) -> None:
     save_file({"tokens": tokens}, work / "tokens.safetensors")
     measured = {"source": arguments.text, "samples": arguments.windows, "length": 512, "shuffle": False}
     test = read_tokens(TextOptions.model_validate(measured), original.tokenizer, 0)  # [windows, length]
-    common = short_digest([digest_model(original.folder), digest_tokens(tokens), digest_tokens(test)])
+    common = short_digest([digest_model(original), digest_tokens(tokens), digest_tokens(test)])
 
     rows = read_rows(arguments.json) if arguments.append and arguments.json.is_file() else []
     rows = [row for row in rows if row.tool not in ("original", *arguments.redo) and not row.error]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli.options import Device, Json, Overrides
+from qtool.cli.options import AllowPickle, Device, Json, Overrides
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_metrics
 from qtool.errors import QtoolError
@@ -25,6 +25,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Windows to take; all where not given.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     device: Device = None,
+    allow_pickle: AllowPickle = False,
     json_only: Json = False,
 ) -> None:
     """Measure a model, or a run's compressed model beside its original; a run brings its own evaluate steps."""
@@ -32,7 +33,7 @@ def evaluate(
     with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
         from qtool.pipeline.run import evaluate_target  # here, because it imports torch
 
-        results = evaluate_target(target, steps, progress, device or "auto")
+        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle)
     if json_only:
         print(json.dumps(results, indent=1))
     else:

@@ -18,4 +18,12 @@ Overrides = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1; goes before what the recipe says.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read a model's pytorch_model.bin where it has no safetensors file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")]
+
+
+def model_overrides(overrides: list[str], device: str | None, allow_pickle: bool = False) -> list[str]:
+    """Those of --set, and what the other options say of the model."""
+    return [*overrides, *([f"model.device={device}"] if device else []), *(["model.allow_pickle=true"] if allow_pickle else [])]

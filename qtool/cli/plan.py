@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qtool.cli.console import make_console
-from qtool.cli.options import Device, Json, Overrides, RecipeArgument
+from qtool.cli.options import AllowPickle, Device, Json, Overrides, RecipeArgument, model_overrides
 
 if TYPE_CHECKING:
     from qtool.pipeline.plan import Plan, PlannedExport
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 NOT_TOLD = "lm-eval's tasks not counted"
 
 
-def plan(recipe: RecipeArgument, overrides: Overrides, device: Device = None, json_only: Json = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides,
+    device: Device = None,
+    allow_pickle: AllowPickle = False,
+    json_only: Json = False,
+) -> None:
     """Tell each linear's scheme, sizes of the exports, who will serve them, time, memory and disk. Loads no weight."""
     from qtool.recipe import load
 
-    loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
+    loaded = load(recipe, model_overrides(overrides, device, allow_pickle))
     from qtool.pipeline.plan import make_plan  # here, because it imports torch
 
     made = make_plan(loaded)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.interrupt import interruptible
-from qtool.cli.options import Device, Json, Overrides, RecipeArgument
+from qtool.cli.options import AllowPickle, Device, Json, Overrides, RecipeArgument, model_overrides
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_summary
 
@@ -20,13 +20,14 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-OF-RECIPE where not given.")] = None,
     device: Device = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds of an earlier run.")] = False,
+    allow_pickle: AllowPickle = False,
     json_only: Json = False,
 ) -> None:
     """Carry out a recipe. The same command goes on where an interrupted run stopped."""
     with interruptible("the same command goes on from here"):
         from qtool.recipe import load  # here, as in every verb, so that help need not wait for it
 
-        loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
+        loaded = load(recipe, model_overrides(overrides, device, allow_pickle))
         folder = out or Path("runs") / recipe.stem
         with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
             from qtool.pipeline.run import run_recipe  # here, because it imports torch

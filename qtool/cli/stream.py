@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.interrupt import interruptible
-from qtool.cli.options import Device, Overrides, RecipeArgument
+from qtool.cli.options import Device, Overrides, RecipeArgument, model_overrides
 from qtool.cli.progress import show_progress
 
 
@@ -28,7 +28,7 @@ def stream(
     with interruptible("the same command goes on from here"):
         from qtool.recipe import load  # here, as in every verb, so that help need not wait for it
 
-        loaded = load(recipe, [*overrides, *([f"model.device={device}"] if device else [])])
+        loaded = load(recipe, model_overrides(overrides, device))
         with show_progress() as progress:
             from qtool.pipeline.run import Stage  # here, because it imports torch
             from qtool.pipeline.stream import stream_recipe

@@ -1,7 +1,7 @@
 """Checkpoint: the tensors of a safetensors, GGUF or ONNX folder, read one block at a time under the names transformers uses.
 
 Checkpoint keys become parameter names through transformers' own conversion mapping, so a mixture's per-expert keys
-arrive as the fused tensor that the module holds. Nothing but these is read: a pickle can run code.
+arrive as the fused tensor that the module holds. Unless pickles are allowed, nothing but these is read: a pickle can run code.
 Why a GGUF file is read as dense tensors, and not by a reader of quantized linears: its types hold more than qtool's schemes can
 say, and dense values are what a linear of codes multiplies by too, so what is measured is the same.
 """
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,33 +26,36 @@ from qtool.model.gguf_names import GgufFile
 from qtool.model.onnx_file import DATA, ONNX, OnnxFile
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # torch.isfinite takes none of them
+PICKLE = "pytorch_model.bin"
 EXPERT = re.compile(r"(.+\.experts)\.(gate_up|down)\.(\d+)")  # a linear of layers/experts.py by its full name
 
 
-def find_files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key: the file that holds it; raises QtoolError where a file is missing or broken."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [name for name in weight_map.values() if Path(name).name != name]
-        if outside:
-            raise QtoolError(f"{index}: {outside[0]} lies outside the folder")
-        return {key: folder / name for key, name in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        single = next((folder / name for name in (GGUF, DATA) if (folder / name).is_file()), single)
-    if not single.is_file():
+def find_files(folder: Path, allow_pickle: bool = False) -> dict[str, Path]:
+    """Checkpoint key: the file that holds it; raises QtoolError where a file is missing or broken, or a pickle not allowed."""
+    names = ["model.safetensors", *([PICKLE] if allow_pickle else [])]
+    for index in (folder / f"{name}.index.json" for name in names):
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            outside = [name for name in weight_map.values() if Path(name).name != name]
+            if outside:
+                raise QtoolError(f"{index}: {outside[0]} lies outside the folder; download the model again")
+            return {key: folder / name for key, name in weight_map.items()}
+    single = next((folder / name for name in ("model.safetensors", GGUF, DATA, *names[1:]) if (folder / name).is_file()), None)
+    if single is None:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
-        why = f"only {pickled[0]}, a pickle that could run code; convert it to safetensors" if pickled else "no weights"
+        advice = "convert it to safetensors, or read it with --allow-pickle if you trust where it comes from"
+        why = f"only {pickled[0]}, a pickle that could run code; {advice}" if pickled else "no weights"
         raise QtoolError(f"model: {folder} holds {why}; expected model.safetensors, its index, {GGUF}, or {ONNX} with {DATA}")
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
-def open_tensors(path: Path) -> GgufFile | OnnxFile | safe_open:
-    """Open a safetensors file, a GGUF file or ONNX data; raises QtoolError where it is none, missing or truncated."""
+def open_tensors(path: Path) -> "GgufFile | OnnxFile | PickleFile | safe_open":
+    """Open safetensors, GGUF, ONNX data or a pickle; raises QtoolError where it is none, missing or truncated."""
     if path.name == DATA:
         return OnnxFile(path)
+    if path.suffix == ".bin":
+        return PickleFile(path)
     return GgufFile(path) if path.suffix == ".gguf" else open_file(path)
 
 
@@ -65,12 +69,38 @@ def open_file(path: Path) -> safe_open:
         raise QtoolError(f"model: {path} is truncated or no safetensors file ({error}); download it again") from error
 
 
+class PickleFile:
+    """A pickled state dict, opened as safetensors files are; torch lets tensors and plain containers alone through."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError as error:
+            raise QtoolError(f"model: the file {path} is missing, though the index names it; download it again") from error
+        except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise QtoolError(f"model: {path} is no plain state dict ({reason}); convert it to safetensors") from error
+
+    def __enter__(self) -> "PickleFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tensors = {}
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
 class Checkpoint:
     """Reads parameters by transformers' names; owns no tensor."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, allow_pickle: bool = False) -> None:
         self.folder = folder
-        files = find_files(folder)
+        files = find_files(folder, allow_pickle)
+        self.files = sorted(set(files.values()))
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

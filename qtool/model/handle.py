@@ -32,6 +32,7 @@ from qtool.model.store import LOW_RANK, Changes, load_additions, load_changes, l
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
+DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN?E*", "NOTICE*")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -163,6 +164,11 @@ class ModelHandle:
             self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust)
         except (OSError, ValueError) as error:
+            if "custom code" in str(error):
+                raise QtoolError(
+                    f"model: {options.path} brings Python code of its own, which is not run; if you trust it, write "
+                    "model: {path: ..., trust_remote_code: true}"
+                ) from error
             raise QtoolError(f"model: {options.path}: {str(error).splitlines()[0]}") from error
         self.quantization: dict[str, Any] | None = getattr(self.config, "quantization_config", None)
         if self.quantization is not None:
@@ -170,9 +176,15 @@ class ModelHandle:
         stated = getattr(self.config, "dtype", None) or torch.float32
         self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else stated
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust)
+            try:
+                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust)
+            except ValueError as error:
+                raise QtoolError(
+                    f"model: {options.path}: transformers has no causal language model for {type(self.config).__name__}; use a "
+                    "version that knows it, or another model"
+                ) from error
         self.model: PreTrainedModel = model.eval()
-        self.checkpoint = Checkpoint(self.folder, self.model)
+        self.checkpoint = Checkpoint(self.folder, self.model, options.allow_pickle)
         if self.quantization is None and self.checkpoint.is_onnx:
             self.quantization = {"quant_method": "onnx"}
         self._separate_experts()
@@ -201,6 +213,11 @@ class ModelHandle:
 
     def _in_block(self, name: str) -> bool:
         return name.startswith(f"{self.blocks_name}.")
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model from the hub, as the hub client's cache has it; None of a local folder."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def linear_names(self) -> list[str]:
         """Every linear that methods may work on, in blocks and outside."""
@@ -492,7 +509,7 @@ def resolve_folder(options: ModelOptions) -> Path:
             huggingface_hub.snapshot_download(
                 options.path,
                 revision=options.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN?E*", "NOTICE*"],
+                allow_patterns=[*DOWNLOADED, *(["*.bin"] if options.allow_pickle else [])],
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had

@@ -7,6 +7,9 @@ Source: Liu et al. 2023, arXiv:2305.17888 (LLM-QAT), its data-free distillation.
 greedily, and windows begin with the calibration text's tokens instead of one random token.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +23,24 @@ TOGETHER = 64  # windows written side by side
 @torch.no_grad()
 def write_windows(model: PreTrainedModel, tokens: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
     """`count` windows [count, length] like tokens [samples, length], each begun at a random place of one of those."""
+    with in_float32(model) if model.device.type == "cpu" else contextlib.nullcontext():
+        return _write(model, tokens, count, seed, progress)
+
+
+@contextlib.contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the parameters are float32, and afterwards what they were: twice as fast on CPUs for a token at a time."""
+    dtypes = [p.dtype for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in zip(model.parameters(), dtypes, strict=True):
+            p.data = p.data.to(dtype)
+
+
+def _write(model: PreTrainedModel, tokens: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     length = tokens.shape[1]
     begun = min(BEGUN, length)

@@ -22,7 +22,6 @@ from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme, SchemeSelection
-from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
@@ -42,7 +41,7 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     """Carry out a recipe in the folder `out`; returns what results.json holds."""
     original = check_recipe(recipe)
     folder = RunFolder(out)
-    folder.open({"recipe": recipe.digest, "model": digest_model(original.folder)}, fresh)
+    folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
     run = Run(recipe, folder, original, progress)
     for index, step in enumerate(recipe.steps):
@@ -184,7 +183,11 @@ class Run:
             "status": "done" if all(gate["passed"] for gate in gates) else "gate-failed",
             "digest": self.recipe.digest,
             "metrics": self.metrics,
-            "model": {"path": self.recipe.model.path, **describe_model(self.original, self._compressed)},
+            "model": {
+                "path": self.recipe.model.path,
+                "revision": self.original.revision,
+                **describe_model(self.original, self._compressed),
+            },
             "blocks": [{"scheme": None, **linear} for linear in self.linears.values()],
             "searches": self.searches,
             "stages": self.stages,
@@ -223,7 +226,9 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     return Artifact(artifact.format, out, artifact.bytes, artifact.lossless, artifact.sha256)
 
 
-def evaluate_target(target: str, steps: Sequence[Step], progress: Progress, device: str = "auto") -> dict[str, Any]:
+def evaluate_target(
+    target: str, steps: Sequence[Step], progress: Progress, device: str = "auto", allow_pickle: bool = False
+) -> dict[str, Any]:
     """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first."""
     path = Path(target)
     if (path / "state").is_dir():
@@ -232,7 +237,7 @@ def evaluate_target(target: str, steps: Sequence[Step], progress: Progress, devi
         subjects = [("original", original), ("compressed", ModelHandle(original.options, changes))]
         seed = recipe.seed
     else:
-        original = ModelHandle(ModelOptions(path=target, device=device))
+        original = ModelHandle(ModelOptions(path=target, device=device, allow_pickle=allow_pickle))
         subjects, seed = [("original", original)], 0
     metrics = []
     for step in steps:
@@ -264,7 +269,8 @@ def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Art
     if (run / "results.json").is_file():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     else:  # the run has not come to its end: nothing is measured yet
-        results = {"metrics": [], "model": describe_model(original, model), "versions": versions()}
+        about = {"revision": original.revision, **describe_model(original, model)}
+        results = {"metrics": [], "model": about, "versions": versions()}
     write_card(artifact.path, recipe, original.folder, results, export_row(artifact, str(artifact.path)))
     progress.advance(str(artifact.path))
     return artifact
@@ -316,10 +322,10 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
     }
 
 
-def digest_model(folder: Path) -> str:
+def digest_model(model: ModelHandle) -> str:
     """SHA-256 over config, and over size, first and last MiB of each weight file: enough to notice another model."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(set(find_files(folder).values())):
+    digest = hashlib.sha256((model.folder / "config.json").read_bytes())
+    for path in model.checkpoint.files:
         size = path.stat().st_size if path.exists() else 0
         digest.update(f"{path.name} {size}".encode())
         if size:

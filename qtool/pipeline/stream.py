@@ -29,7 +29,6 @@ from qtool.errors import QtoolError, RecipeError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.quant_linear import QuantLinear
-from qtool.model.checkpoint import find_files
 from qtool.model.handle import ModelHandle
 from qtool.model.memory import large_pieces_returned, return_free_memory
 from qtool.model.plain_reads import Place, read_float32, read_pieces, read_places
@@ -93,7 +92,7 @@ def stream_recipe(recipe: Recipe, out: Path, progress: Progress, workers: int = 
     schemes = next(iter(planned_schemes(model, [step])))
     shards = plan_shards(model, schemes)
     folder = RunFolder(out.with_name(f".{out.name}.part"))
-    folder.open({"recipe": recipe.digest, "model": digest_model(model.folder)}, fresh)
+    folder.open({"recipe": recipe.digest, "model": digest_model(model)}, fresh)
     stream = Stream(model, step, export, schemes, shards, folder, progress)
     stream.write_shards(workers)
     artifact = stream.finish(out)
@@ -142,7 +141,7 @@ def plan_shards(model: ModelHandle, schemes: dict[str, Scheme]) -> Shards:
 
     Raises QtoolError where a tensor is missing or has another shape than the model's, or must be converted with others.
     """
-    files = sorted(set(find_files(model.folder).values()))
+    files = model.checkpoint.files
     if files[0].suffix != ".safetensors":
         raise QtoolError(f"model: {files[0]} is no safetensors file, which is what stream reads; use qtool run")
     places = {path: read_places(path) for path in files}

@@ -32,6 +32,7 @@ def card_of(recipe: Recipe, original: Path, results: dict[str, Any], export: dic
     front |= licence_of(original)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.path) and not Path(recipe.model.path).exists():
         front |= {"base_model": recipe.model.path, "base_model_relation": "quantized"}
+        front |= {"base_model_revision": results["model"]["revision"]}
     model = results["model"]
     name = Path(recipe.model.path).name
     kept = "decodes to exactly the weights that were measured as compressed" if export["lossless"] else (
