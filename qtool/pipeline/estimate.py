@@ -23,6 +23,7 @@ from qtool.recipe import CHANGING, Step
 IDLE_BYTES = 420 * 2**20  # Python with torch and transformers, before any model
 EFFICIENCY = 0.4  # of the rate of one large product, what a block of many small operations keeps
 ROUNDING = 3000  # operations' worth of time that choosing a range and rounding takes for one weight
+ALONE = 3  # times the cost of a token where each is drawn after the one before it
 FORWARD, BACKWARD = 2, 4  # operations for one weight and one token
 
 
@@ -111,10 +112,11 @@ def changing_cost(model: ModelHandle, step: Step, sizes: Sizes, calibration: tup
         window = length * sizes.all * (FORWARD + FORWARD + BACKWARD)
         memory = float(IDLE_BYTES + sizes.all * (2 * sizes.itemsize + 16))
         memory += 4 * 4 * options.batch / options.accumulate * length * sizes.vocab
-        return Cost(step.key, options.steps * options.batch * window, memory, sizes.all * sizes.itemsize)
+        written = options.generate * length * sizes.all * FORWARD * ALONE
+        return Cost(step.key, options.steps * options.batch * window + written, memory, sizes.all * sizes.itemsize)
     passes = 0 if not (needs or method.scope == "block") else 2
     twin = method.kind != "transform" and (method.scope == "block" or "drift" in needs)
-    operations = float((passes + twin) * n_tokens * sizes.blocks * FORWARD)
+    operations: float = (passes + twin) * n_tokens * sizes.blocks * FORWARD
     activations = float(2 + 2 * twin) * n_tokens * sizes.hidden * sizes.itemsize * bool(passes)
     if isinstance(options, Sequential) and options.true_sequential:
         activations += n_tokens * sizes.widest * sizes.itemsize
