@@ -22,7 +22,7 @@ def smaller(path: Path) -> list[str]:
         elif step.key == "evaluate/lm_eval":
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
-            fewer = {"steps": 1, "batch": 2, "samples": 2}
+            fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2}
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if name in type(step.options).model_fields]
     return found
 

@@ -9,7 +9,7 @@ from qtool.errors import QtoolError
 from qtool.pipeline.plan import make_plan, spans
 from qtool.pipeline.run import run_recipe
 from qtool.progress import Silent
-from qtool.recipe import parse
+from qtool.recipe import load, parse
 
 TinyModel = Callable[..., Path]
 TEXT = "{source: demo:calibration, samples: 4, length: 32}"
@@ -111,3 +111,12 @@ def test_more_work_is_told_to_take_longer_and_more_memory(tiny_model: TinyModel)
 @pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "{0-2}"), ([0, 2, 3, 7], "{0,2-3,7}")])
 def test_spans(numbers: list[int], text: str) -> None:
     assert spans(numbers) == text
+
+
+@pytest.mark.parametrize("name", ["best-w2", "mixed-search", "sparse-int4-distill", "w4a4-let-omniquant", "w4-gguf"])
+def test_recipes_that_ship_can_be_planned(name: str) -> None:
+    recipe = load(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    made = make_plan(recipe)
+    assert [cost.key for cost in made.costs] == [step.key for step in recipe.steps]
+    assert made.seconds > 0 and made.peak_bytes > 2**28 and made.disk_bytes > 0
+    assert all(export.bytes > 0 and export.runtimes for export in made.exports)
