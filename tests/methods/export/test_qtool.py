@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
 from qtool.artifact import Artifact
+from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
 from qtool.methods.export import qtool as module
 from qtool.methods.export.qtool import METHOD, QtoolOptions
 from qtool.model.handle import ModelHandle
 from qtool.model.sizes import export_size
 from qtool.model.store import low_rank_parts
+from qtool.options import ModelOptions
+from qtool.pipeline.checks import check_recipe
+from qtool.pipeline.run import run_recipe
+from qtool.progress import Silent
+from qtool.recipe import Recipe, load
 
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
@@ -115,3 +122,25 @@ def test_the_plan_tells_the_size(tiny_model: TinyModel, quantized: Quantized, ex
 
 def test_a_dense_model_is_refused(refused: Callable[[str, str, object, str], None]) -> None:
     refused("qtool", "llama", {}, "export/qtool: no linear is quantized; put a quantize step before it")
+
+
+def test_training_on_top_keeps_the_factors_and_other_exports_refuse_them(
+    featured: ModelHandle, export: Export, tmp_path: Path
+) -> None:
+    folder, name = export("qtool", featured).path, "model.layers.1.self_attn.v_proj"
+    text = {"calibrate/text": {"source": "demo:calibration", "samples": 2, "length": 16}}
+    distill = {"steps": 1, "batch": 2, "lr": 0.1, "weight_decay": 5.0}  # of what is its own teacher, the decay alone moves it
+    steps = [text, {"distill/logits": distill}, {"export/qtool": None}]
+    run_recipe(recipe_of(tmp_path, folder, steps), tmp_path / "run", Silent())
+    read = ModelHandle(ModelOptions(path=str(tmp_path / "run" / "exports" / "qtool")))
+    before, after = all_of(featured), all_of(read)
+    assert {of: row["facts"] for of, row in after.items()} == {of: row["facts"] for of, row in before.items()}
+    assert {part for part in after[name] if after[name][part] != before[name][part]} == {"scale"}
+    assert read.additions() == featured.additions()
+    with pytest.raises(QtoolError, match=r"recipe.yaml:.*mlx cannot hold the low-rank factors of .*; use export/qtool or"):
+        check_recipe(recipe_of(tmp_path, folder, [{"export/mlx": None}]))
+
+
+def recipe_of(folder: Path, model: Path, steps: list[dict[str, object]]) -> Recipe:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": str(model), "pipeline": steps}))
+    return load(folder / "recipe.yaml")
