@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {
@@ -20,11 +21,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import qtool  # noqa: E402
+from qtool.formats.low_rank import LowRank  # noqa: E402
+from qtool.formats.outliers import Outliers  # noqa: E402
 from qtool.formats.scheme import Scheme  # noqa: E402
-from qtool.formats.tensor import quantize  # noqa: E402
+from qtool.formats.tensor import QuantizedTensor, Salient, quantize  # noqa: E402
 from qtool.model.handle import ModelHandle  # noqa: E402
 from qtool.model.linear import weight_of  # noqa: E402
-from qtool.model.store import save_changes  # noqa: E402
+from qtool.model.store import LOW_RANK, Changes, load_changes, save_changes  # noqa: E402
 from qtool.options import ModelOptions, matches  # noqa: E402
 
 torch.set_num_threads(1)
@@ -154,3 +157,58 @@ def quantized(tmp_path: Path) -> Callable[..., ModelHandle]:
         return ModelHandle(ModelOptions(path=str(folder)), changes=(changes,))
 
     return build
+
+
+EVERY_SCHEME = {
+    "lm_head": "w6a16g16",
+    "layers.0.self_attn.q_proj": "w4a16g32-asym",
+    "layers.0.self_attn.k_proj": "w4a16g32-asymf16",
+    "layers.0.self_attn.v_proj": "nf4g64-dq",
+    "layers.0.self_attn.o_proj": "w4a16g32-ic",
+    "layers.0.mlp.gate_proj": "nvfp4",
+    "layers.0.mlp.up_proj": "mxfp4",
+    "layers.0.mlp.down_proj": "power4g32",
+    "layers.1.self_attn.q_proj": "e8pg64",
+    "layers.1.self_attn.k_proj": "ternaryg64",
+    "layers.1.self_attn.v_proj": "w4a8kv4g32",
+    "layers.1.self_attn.o_proj": {"weights": {"bits": 8}, "activations": {"bits": 8, "symmetric": False}},
+    "layers.1.mlp.gate_proj": "binary",
+    "layers.1.mlp.up_proj": "w2starg64-asymf16",
+}  # layers.1.mlp.down_proj stays dense
+
+
+@pytest.fixture
+def featured(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> ModelHandle:
+    """A tiny Llama in bfloat16 with all that methods make of linears: a scheme for each, and what may stand beside codes."""
+    plain = quantized(tiny_model("llama", dtype="bfloat16"), EVERY_SCHEME)
+    random = torch.Generator().manual_seed(0)
+
+    def outliers(qt: QuantizedTensor) -> QuantizedTensor:
+        added, chosen = torch.randn(qt.shape, generator=random), torch.rand(qt.shape, generator=random) < 0.02
+        return replace(qt, outliers=Outliers.of(added, chosen))
+
+    def salient(qt: QuantizedTensor) -> QuantizedTensor:
+        columns, rest = torch.tensor([3, 17, 40, 41]), torch.randn(qt.shape[0], 4, generator=random)
+        inner = quantize(rest, Scheme.model_validate("w4a16-asym").weights)
+        kept = [column for column in range(qt.shape[1]) if column not in columns]
+        column_scale = torch.rand(qt.shape[1], generator=random) + 0.5
+        return replace(qt, codes=qt.codes[:, kept], salient=Salient(columns.to(torch.int16), inner), column_scale=column_scale)
+
+    def factors(rows: int, columns: int, dtype: str) -> LowRank:
+        left, right = torch.randn(rows, 5, generator=random), torch.randn(5, columns, generator=random)
+        return LowRank(left / 50, right).stored_in(dtype)
+
+    of_block: dict[int, Changes] = {
+        index: load_changes(plain.changes[0] / f"block_{index:03d}.safetensors") for index in range(2)
+    }
+    beside = ((0, "self_attn.q_proj", outliers), (0, "self_attn.v_proj", outliers), (1, "mlp.gate_proj", salient))
+    for index, last, change in beside:
+        name = f"model.layers.{index}.{last}"
+        value = of_block[index][f"{name}.weight"]
+        assert isinstance(value, tuple)
+        of_block[index][f"{name}.weight"] = (change(value[0]), value[1])
+    of_block[0][f"model.layers.0.mlp.gate_proj{LOW_RANK}"] = factors(128, 64, "int8")
+    of_block[1][f"model.layers.1.self_attn.v_proj{LOW_RANK}"] = factors(32, 64, "bfloat16")
+    for index, changes in of_block.items():
+        save_changes(tmp_path / "featured" / f"block_{index:03d}.safetensors", changes)
+    return ModelHandle(plain.options, (*plain.changes, tmp_path / "featured"))

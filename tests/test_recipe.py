@@ -198,7 +198,8 @@ def test_an_export_that_cannot_hold_low_rank_factors_is_refused_after_factorize(
     export = "  - export/compressed_tensors: {}\n"
     after = problems("model: demo\npipeline:\n" + steps.replace("{}", "", 1).replace("{}", export))
     assert after == [
-        "r.yaml:5: export/compressed_tensors cannot hold the low-rank factors of factorize/lorc; use export/safetensors"
+        "r.yaml:5: export/compressed_tensors cannot hold the low-rank factors of factorize/lorc; use export/qtool or "
+        "export/safetensors"
     ]
     assert parse("model: demo\npipeline:\n" + steps.replace("{}", export, 1).replace("{}", ""), "r.yaml").steps
 

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.quant_linear import QuantLinear
@@ -28,7 +29,7 @@ from qtool.model.checkpoint import Checkpoint, find_files
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.store import LOW_RANK, Changes, load_additions, load_changes, load_schemes
+from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_changes, load_schemes
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -261,7 +262,8 @@ class ModelHandle:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
         changes = self.unit_changes(unit)
         inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
-        inside = [name for name in inside if name not in changes]
+        inside = [name for name in inside if name not in changes and "::" not in name]  # qtool's reader takes those
+        factors: dict[str, LowRank | None] = {}
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
@@ -270,13 +272,15 @@ class ModelHandle:
                 if is_linear(module) and not (root is self.model and self._in_block(name)):
                     quantized = reader.read_linear(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
-                        self._place_quantized(root, name, *quantized, None)
+                        factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
+                        self._place_quantized(root, name, *quantized, factors[prefix + name])
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
             elif isinstance(value, tuple):
                 linear = name.removesuffix(".weight")
-                self._place_quantized(root, linear.removeprefix(prefix), *value, changes.get(linear + LOW_RANK))
+                low_rank = changes.get(linear + LOW_RANK, factors.get(linear))
+                self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -302,7 +306,8 @@ class ModelHandle:
         """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""
         units = (*(f"block_{index:03d}" for index in range(self.n_blocks)), "outer")
         paths = [path for unit in units if (path := self._changes_file(unit)) is not None]
-        return {name: what for path in paths for name, what in load_additions(path).items()}
+        read = {} if self.quantization is None else additions_among(self.checkpoint.names)
+        return read | {name: what for path in paths for name, what in load_additions(path).items()}
 
     def _changes_file(self, unit: str) -> Path | None:
         paths = [folder / f"{unit}.safetensors" for folder in reversed(self.changes)]
@@ -339,11 +344,7 @@ class ModelHandle:
         linears = {name: self.model.get_submodule(name) for name in self.linear_names() if not self._in_block(name)}
         before = {name: _get(self.model, name) for name in self.outer_names()}
         try:
-            self.load(self.model, "", "outer")
-            self.model.tie_weights()
-            missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
-            if missing:
-                raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
+            self._load_outer()
             yield
         finally:
             for name, module in linears.items():
@@ -363,6 +364,24 @@ class ModelHandle:
             finally:
                 for index in range(self.n_blocks):
                     self.release(index)
+
+    def take(self) -> PreTrainedModel:
+        """The whole model, in memory for good; the handle has given it away and loads nothing more."""
+        self._load_outer()
+        for index in range(self.n_blocks):
+            self.block(index)
+        if (self.folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        unread = [name for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()) if tensor.is_meta]
+        assert not unread, f"{unread[0]} was left on the meta device"
+        return self.model
+
+    def _load_outer(self) -> None:
+        self.load(self.model, "", "outer")
+        self.model.tie_weights()
+        missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
+        if missing:
+            raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
 
     def _outer_checkpoint_names(self) -> list[str]:
         return [name for name in self.checkpoint.names if not self._in_block(name)]
@@ -386,6 +405,9 @@ class ModelHandle:
         path, _, last = name.rpartition(".")
         owner = root.get_submodule(path)
         old = owner.get_submodule(last)
+        if tuple(quantized.shape) != shape_of(old):
+            is_, must = list(quantized.shape), list(shape_of(old))
+            raise QtoolError(f"model: {self.folder}: {name} is {is_}, the config makes it {must}; is it the right checkpoint?")
         bias = getattr(old, "bias", None)
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
         owner.register_module(last, layer)

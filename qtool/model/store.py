@@ -8,7 +8,7 @@ Files appear whole or not at all: written under a temporary name, flushed, renam
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,38 @@ def write_text(path: Path, text: str) -> None:
 def save_changes(path: Path, changes: Changes) -> None:
     """Write one block's changes."""
     tensors: dict[str, Tensor] = {}
-    schemes: dict[str, object] = {}
+    schemes: dict[str, dict[str, object]] = {}
     for name, value in changes.items():
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().contiguous().cpu()
-            continue
-        if isinstance(value, LowRank):
-            parts = {"left": value.left, "right": value.right, "scale": value.scale}
-            tensors |= {f"{name}::{part}": t.contiguous().cpu() for part, t in parts.items() if t is not None}
-            continue
-        quantized, scheme = value
-        tensors |= {f"{name}::{part}": t.detach().contiguous().cpu() for part, t in quantized_parts(quantized).items()}
-        schemes[name] = {"scheme": scheme, "facts": quantized.facts(), "columns": columns_of(quantized)}
-    header = {"qtool": json.dumps(schemes, default=lambda options: options.model_dump())}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+            tensors[name] = value
+        elif isinstance(value, LowRank):
+            tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
+        else:
+            tensors |= {f"{name}::{part}": tensor for part, tensor in quantized_parts(value[0]).items()}
+            schemes[name] = quantized_facts(*value)
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata={"qtool": in_json(schemes)}))
+
+
+def in_json(facts: dict[str, Any]) -> str:
+    """Facts that hold schemes as text."""
+    return json.dumps(facts, default=lambda options: options.model_dump())
+
+
+def low_rank_parts(low_rank: LowRank) -> dict[str, Tensor]:
+    """The tensors of a low-rank part as they are stored."""
+    parts = {"left": low_rank.left, "right": low_rank.right, "scale": low_rank.scale}
+    return {part: tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def quantized_facts(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, object]:
+    """What beside `quantized_parts` makes a quantized weight and its scheme."""
+    return {"scheme": scheme, "facts": quantized.facts(), "columns": columns_of(quantized)}
+
+
+def restore_quantized(parts: dict[str, Tensor], facts: dict[str, Any]) -> tuple[QuantizedTensor, Scheme]:
+    """The quantized weight and the scheme that `quantized_parts` and `quantized_facts` came from."""
+    return restore(parts, facts["facts"], facts["columns"]), Scheme.model_validate(facts["scheme"])
 
 
 def quantized_parts(quantized: QuantizedTensor) -> dict[str, Tensor]:
@@ -104,15 +122,20 @@ def load_schemes(path: Path) -> dict[str, Scheme]:
 
 def load_additions(path: Path) -> dict[str, str]:
     """Linears of one block that have more than codes, scales and zero points: what more; reads the file's header alone."""
+    with open_file(path) as file:
+        return additions_among(file.keys())
+
+
+def additions_among(names: Iterable[str]) -> dict[str, str]:
+    """Linears that have more than codes, scales and zero points by the names of what is stored: what more."""
     marks = {
         f"{LOW_RANK}::left": "low-rank factors",
         ".weight::outlier_values": "outliers",
         ".weight::salient_columns": "salient columns",
         ".weight::column_scale": "column scales",
     }
-    with open_file(path) as file:
-        names = list(file.keys())
-    return {name.removesuffix(mark): what for mark, what in marks.items() for name in names if name.endswith(mark)}
+    listed = list(names)
+    return {name.removesuffix(mark): what for mark, what in marks.items() for name in listed if name.endswith(mark)}
 
 
 def load_changes(path: Path) -> Changes:
@@ -124,7 +147,7 @@ def load_changes(path: Path) -> Changes:
     for name, facts in schemes.items():
         prefix = f"{name}::"
         parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        changes[name] = (restore(parts, facts["facts"], facts["columns"]), Scheme.model_validate(facts["scheme"]))
+        changes[name] = restore_quantized(parts, facts)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
     return changes

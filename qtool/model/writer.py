@@ -30,7 +30,7 @@ SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint32: "U32", torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint32: "U32", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}  # tokenizer, chat template, generation settings
 LICENCES = ("license", "licence", "notice", "copying", "use_policy")  # files that go along whatever they end in

@@ -49,11 +49,22 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
 def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
     """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears."""
     for index, step in enumerate(steps):
+        if step.method.kind == "export":
+            with located(step):
+                check_additions(step, model)
         if step.method.holds is not None:
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
                     step.method.holds(model, schemes, step.options)
                     check_runtime(model, step, schemes)
+
+
+def check_additions(step: Step, model: ModelHandle) -> None:
+    """Raise QtoolError where an export holds codes and scales alone, and the model has more than that."""
+    additions = {} if step.method.holds_additions else model.additions()
+    if additions:
+        name, what = next(iter(additions.items()))
+        raise QtoolError(f"{step.key} cannot hold the {what} of {name}; use export/qtool or export/safetensors")
 
 
 def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme]) -> None:

@@ -26,7 +26,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
-from qtool.pipeline.checks import check_recipe, check_step, located
+from qtool.pipeline.checks import check_additions, check_recipe, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
@@ -206,10 +206,7 @@ class Run:
 
 def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     """Export into a temporary folder, then give it its name: an interrupted export leaves nothing that looks finished."""
-    additions = {} if step.method.holds_additions else model.additions()
-    if additions:
-        name, what = next(iter(additions.items()))
-        raise QtoolError(f"{step.key} cannot hold the {what} of {name}; use export/safetensors")
+    check_additions(step, model)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

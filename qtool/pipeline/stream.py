@@ -29,6 +29,7 @@ from qtool.errors import QtoolError, RecipeError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.quant_linear import QuantLinear
+from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.memory import large_pieces_returned, return_free_memory
 from qtool.model.plain_reads import Place, read_float32, read_pieces, read_places
@@ -90,6 +91,7 @@ def stream_recipe(recipe: Recipe, out: Path, progress: Progress, workers: int = 
         check_step(each, model)
     check_exports(recipe.steps, model)
     schemes = next(iter(planned_schemes(model, [step])))
+    check_experts(model, export, schemes)
     shards = plan_shards(model, schemes)
     folder = RunFolder(out.with_name(f".{out.name}.part"))
     folder.open({"recipe": recipe.digest, "model": digest_model(model)}, fresh)
@@ -128,6 +130,21 @@ def check_recipe(recipe: Recipe) -> tuple[Step, Step]:
     if problems:
         raise RecipeError([*problems, f"{TAKES}; everything else is for qtool run"])
     return quantize[0], export[0]
+
+
+def check_experts(model: ModelHandle, export: Step, schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where some experts become codes and others, which a file keeps as parts of one tensor, stay dense."""
+    assert export.method.storage is not None, "check_recipe asks for an export that has one"
+    if export.method.storage(model, schemes, export.options).encode is None:
+        return
+    experts = [found for name in model.linear_names() if (found := EXPERT.fullmatch(name)) is not None]
+    chosen = {(found[1], found[2], found[0] in schemes) for found in experts}
+    for name, side, _ in chosen:
+        if {(name, side, True), (name, side, False)} <= chosen:
+            raise QtoolError(
+                f"{export.key}: {name}: some experts' {side} are quantized and others dense, which stream cannot write; "
+                "quantize all or none of them, or use qtool run"
+            )
 
 
 def streaming_exports() -> list[str]:

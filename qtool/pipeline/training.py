@@ -170,6 +170,7 @@ def pruned_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def save_units(model: ModelHandle, student: nn.Module, trained: set[str], folder: StepFolder) -> None:
     """Write the trained parameters as changes of their units, codes of quantized layers with their new scales."""
+    schemes = model.schemes()
     for index in [*range(model.n_blocks), -1]:
         unit = "outer" if index < 0 else f"block_{index:03d}"
         prefix = f"{model.blocks_name}.{index}."
@@ -180,10 +181,8 @@ def save_units(model: ModelHandle, student: nn.Module, trained: set[str], folder
             if not inside or name not in trained:
                 continue
             if isinstance(layer, QuantLinear) and name.endswith(".scale"):
-                weight = name.removesuffix("scale") + "weight"
-                old = changes[weight]
-                assert isinstance(old, tuple)
-                changes[weight] = (layer.qt, old[1])
+                linear = name.removesuffix(".scale")
+                changes[f"{linear}.weight"] = (layer.qt, schemes[linear])
             else:
                 changes[name] = p.data
         save_changes(folder.unit(unit), changes)

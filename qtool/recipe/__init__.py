@@ -215,7 +215,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             problems.append((key.start_mark, f"{method.key} stands here a second time; both would write one folder"))
         if method.kind == "export" and not method.holds_additions:
             for adding, what in additions.items():
-                problems.append((key.start_mark, f"{method.key} cannot hold the {what} of {adding}; use export/safetensors"))
+                text = f"{method.key} cannot hold the {what} of {adding}; use export/qtool or export/safetensors"
+                problems.append((key.start_mark, text))
         if method.kind == "search":
             is_searched = True
             if quantized is not None:

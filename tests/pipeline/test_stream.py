@@ -92,6 +92,7 @@ def assert_same(streamed: Path, ran: Path) -> None:
         ("gpt2", {}, {"scheme": "w3a16g32-ic"}, "safetensors", 2),
         ("mixtral", {"dtype": "bfloat16"}, {"scheme": "mxfp4"}, "compressed_tensors", 3),
         ("mixtral", {}, {"scheme": "w4a16", "ignore": ["*.down.*", "lm_head"]}, "safetensors", 3),
+        ("mixtral", {"dtype": "bfloat16", "num_hidden_layers": 1}, {"scheme": "nvfp4"}, "qtool", 3),
     ],
 )
 def test_the_tensors_are_those_of_a_run(
@@ -315,6 +316,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     steps: list[Step], words: str, tmp_path: Path, tiny_model: Callable[..., Path], recipe: Callable[..., Path]
 ) -> None:
     refuse(recipe(tiny_model("llama", name="model"), *steps), tmp_path / "out", words)
+
+
+def test_experts_of_which_some_stay_dense_are_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path], recipe: Callable[..., Path]
+) -> None:
+    quantize = {"quantize/rtn": {"scheme": "w4a16g32", "ignore": ["experts.down.1", "lm_head"]}}
+    words = "layers.0.mlp.experts: some experts' down are quantized and others dense, which stream cannot write"
+    model = tiny_model("mixtral", name="model", num_hidden_layers=1)
+    refuse(recipe(model, quantize, {"export/qtool": None}), tmp_path / "out", words)
 
 
 def test_a_folder_that_holds_something_is_left_alone(three_files: Path, tmp_path: Path) -> None:

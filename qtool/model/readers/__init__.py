@@ -3,16 +3,20 @@
 A reader has two functions; both raise QtoolError for what qtool cannot decode:
     read_scheme(checkpoint, name, config) -> Scheme | None        of the linear `name`; None where it is dense
     read_linear(checkpoint, name, config) -> (QuantizedTensor, Scheme) | None
+and, where the layout has low-rank factors beside the codes, a third:
+    read_low_rank(checkpoint, name, config) -> LowRank | None     of a quantized linear; None where it has none
 config is the quantization_config of config.json.
 """
 
 import importlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRank
 from qtool.formats.scales import SCALE_DTYPES
 from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
@@ -21,14 +25,32 @@ from qtool.model.checkpoint import EXPERT, Checkpoint
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-class Reader(Protocol):
-    """What the modules of this folder hold."""
+class ReadScheme(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None: ...
 
-    def read_scheme(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None: ...
 
-    def read_linear(
+class ReadLinear(Protocol):
+    def __call__(
         self, checkpoint: Checkpoint, name: str, config: dict[str, Any]
     ) -> tuple[QuantizedTensor, Scheme] | None: ...
+
+
+class ReadLowRank(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None: ...
+
+
+def no_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None:
+    """What layouts of codes alone have of low-rank factors."""
+    return None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What the modules of this folder hold."""
+
+    read_scheme: ReadScheme
+    read_linear: ReadLinear
+    read_low_rank: ReadLowRank = no_low_rank
 
 
 def reader_of(config: dict[str, Any]) -> Reader:
@@ -37,8 +59,8 @@ def reader_of(config: dict[str, Any]) -> Reader:
     known = {path.stem.replace("_", "-"): path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"}
     if method not in known:
         raise QtoolError(f"model: quantization by {method} cannot be read; {', '.join(sorted(known))} can")
-    module: Reader = importlib.import_module(f"{__name__}.{known[method]}")
-    return module
+    held = vars(importlib.import_module(f"{__name__}.{known[method]}"))
+    return Reader(**{field.name: held[field.name] for field in fields(Reader) if field.name in held})
 
 
 def scheme_of(

@@ -1,0 +1,64 @@
+"""qtool's own checkpoint: all that a method can make of a linear, to the bit, for qtool.load and further runs.
+
+    NAME.weight::codes [out, words] int32, packed    NAME.weight::scale    NAME.weight::zero    NAME.weight::second ...
+    NAME.low_rank::left [out, rank]    NAME.low_rank::right [rank, in]    NAME.low_rank::scale [rank]
+    NAME.weight::facts [bytes] uint8, JSON: schemes, numbers of the tensor, and dtype and shape of each of its parts
+The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
+column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
+mixture stand one by one, gate and up together; a Conv1D's codes are [out, in] as any linear's. Dense tensors are as everywhere.
+config.json's quantization_config has quant_method and version; a version newer than the one that reads it is refused.
+Why facts are a tensor beside the codes, as in bitsandbytes' files: what is known only when a linear is encoded cannot stand in
+config.json, which is settled before, and the files' metadata would have to be carried from file to file. So any shard can be
+read alone, streamed ones too, and the index says where facts lie.
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+For: qtool.load, which makes a transformers model of it, and what no other format holds. No other runtime reads it.
+Costs: writing the file.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qtool.artifact import Artifact, describe_folder
+from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme
+from qtool.layers.quant_linear import QuantLinear
+from qtool.model.handle import ModelHandle
+from qtool.model.own_layout import VERSION, pack_linear
+from qtool.model.writer import Encode, Storage, write_checkpoint
+from qtool.options import ExportOptions
+from qtool.registry import Method
+
+
+class QtoolOptions(ExportOptions):
+    """The format leaves nothing else to choose."""
+
+
+def qtool(model: ModelHandle, out: Path, options: QtoolOptions) -> Artifact:
+    """Write the model into `out`; raises QtoolError, before anything is written, where nothing is quantized."""
+    schemes = model.schemes()
+    check_schemes(model, schemes, options)
+    return describe_folder("qtool", out, write_checkpoint(model, out, storage(model, schemes, options)))
+
+
+def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> Storage:
+    """What the checkpoint is made of."""
+    return Storage(encoder(schemes), {"quant_method": "qtool", "version": VERSION})
+
+
+def encoder(schemes: dict[str, Scheme]) -> Encode:
+    """Of a linear to all its tensors; nothing is lost."""
+
+    def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
+        return pack_linear(name, layer.qt, schemes[name], layer.low_rank), True
+
+    return encode
+
+
+def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> None:
+    """Raise QtoolError where nothing is quantized."""
+    if not schemes:
+        raise QtoolError("export/qtool: no linear is quantized; put a quantize step before it, or use export/safetensors")
+
+
+METHOD = Method(run=qtool, options=QtoolOptions, scope="model", holds=check_schemes, storage=storage, holds_additions=True)

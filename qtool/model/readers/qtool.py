@@ -1,0 +1,57 @@
+"""Reads linears in qtool's own layout, with all that stands beside their codes, experts of mixtures too.
+
+    NAME.weight::facts, NAME.weight::codes, NAME.weight::scale ...    NAME.low_rank::left, NAME.low_rank::right ...
+See qtool/model/own_layout.py. quantization_config has the version alone; the facts of each linear say the rest.
+Source: qtool/methods/export/qtool.py.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from qtool.errors import QtoolError
+from qtool.formats.low_rank import LowRank
+from qtool.formats.scheme import Scheme
+from qtool.formats.tensor import QuantizedTensor
+from qtool.model.checkpoint import Checkpoint
+from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank
+
+
+def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
+    """The scheme of the linear `name`; None where it is dense. Raises QtoolError for what qtool cannot decode."""
+    stored = _read(checkpoint, name, config)
+    return None if stored is None else stored.scheme
+
+
+def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None:
+    """The quantized weights of the linear `name` with their scheme; None where the checkpoint holds it dense."""
+    stored = _read(checkpoint, name, config)
+    return None if stored is None else unpack_linear(stored, _tensors_of(checkpoint))
+
+
+def read_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None:
+    """The low-rank factors of the linear `name`; None where it has none."""
+    stored = _read(checkpoint, name, config)
+    return None if stored is None else unpack_low_rank(stored, _tensors_of(checkpoint))
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise QtoolError for a version that this reader does not know."""
+    version = config.get("version")
+    where = "model: config.json's quantization_config"
+    if not isinstance(version, int) or version < 1:
+        raise QtoolError(f"{where}: version is {version}, must be a whole number from 1 to {VERSION}; export the model again")
+    if version > VERSION:
+        raise QtoolError(f"{where}: a newer qtool wrote version {version}, this one reads up to {VERSION}; update qtool")
+
+
+def _read(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> StoredLinear | None:
+    check_config(config)
+    return read_facts(name, _tensors_of(checkpoint))
+
+
+def _tensors_of(checkpoint: Checkpoint) -> Read:
+    def read(names: list[str]) -> dict[str, Tensor]:
+        return dict(checkpoint.read(names, None))
+
+    return read
