@@ -1,5 +1,7 @@
 """Learned codes: at first the layer itself, gradients by the straight-through rule, a code changes half a step away."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,3 +51,23 @@ def test_a_code_changes_once_its_place_has_moved_half_a_step(step: float, change
     difference = learned.quantized().qt.codes.int() - layer.qt.codes.int()
     assert difference[place[0], place[1]] == changes  # of codes up to 7
     assert difference.abs().sum() == changes
+
+
+@pytest.mark.parametrize(("word", "rate"), [("w2a16g32-asym", 0.05), ("w3a16g32", 0.05), ("nf4g32", 0.005)])
+def test_codes_that_were_moved_come_back(word: str, rate: float) -> None:
+    """The layer that gives the outputs is known: gradient descent on them finds each of its codes again."""
+    layer, random = layer_of(word), torch.Generator().manual_seed(2)
+    grid, codes = layer.scheme.grid, layer.qt.codes
+    is_moved = torch.rand(codes.shape, generator=random) < 0.1
+    up = (codes.int() + 1).clamp(max=grid.low + grid.n_levels - 1).to(codes.dtype)
+    moved = QuantLinear(replace(layer.qt, codes=torch.where(is_moved, up, codes)), layer.bias)
+    learned = LearnedCodes(moved)
+    inputs = torch.randn(512, 64, generator=random)  # [tokens, in]
+    optimizer = torch.optim.AdamW([learned.places], lr=rate, weight_decay=0.0)
+    assert not torch.equal(learned.quantized().qt.codes, codes)
+    for _ in range(100):
+        loss = (learned(inputs) - layer(inputs)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(learned.quantized().qt.codes, codes)

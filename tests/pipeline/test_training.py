@@ -103,13 +103,12 @@ def test_codes_stay_and_scales_learn(distill: Distill) -> None:
 
 def test_codes_learn_where_they_may(distill: Distill) -> None:
     _, before = distill("before", steps=0, code_lr=0.05)
-    losses, after = distill("after", steps=30, lr=1e-8, code_lr=0.05)  # codes alone
+    _, after = distill("after", steps=30, code_lr=0.05)
     old, new = (load_changes(folder / "block_000.safetensors") for folder in (before, after))
     name = "model.layers.0.self_attn.q_proj.weight"
     changed = (old[name][0].codes != new[name][0].codes).float().mean()  # type: ignore[index,union-attr]
     assert 0 < changed < 0.5
     assert set(new[name][0].codes.unique().tolist()) <= {-2, -1, 0, 1}  # type: ignore[index,union-attr]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 def test_without_a_step_codes_that_may_learn_stay(distill: Distill) -> None:
