@@ -23,9 +23,8 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(out, in), also of layers on the meta device."""
-    if isinstance(linear, QuantLinear):
-        return linear.out_features, linear.in_features
-    assert isinstance(linear, (nn.Linear, Conv1D))
-    shape = (linear.weight.shape[0], linear.weight.shape[1])
-    return shape[::-1] if isinstance(linear, Conv1D) else shape
+    """(out, in), as the layer was made, whatever stands in its weight: nothing yet, or a checkpoint's packed words."""
+    if isinstance(linear, Conv1D):
+        return int(linear.nf), int(linear.nx)
+    assert isinstance(linear, (nn.Linear, QuantLinear))
+    return linear.out_features, linear.in_features
