@@ -68,7 +68,7 @@ def read_facts(name: str, read: Read) -> StoredLinear | None:
         weight, low_rank = ({part: (str(dtype), tuple(shape)) for part, (dtype, shape) in facts[kind].items()}
                             for kind in ("weight", "low_rank"))  # fmt: skip
         return StoredLinear(name, Scheme.model_validate(facts["scheme"]), facts, weight, low_rank)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, a field missing, a scheme out of range
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON, a field missing, a scheme out of range
         raise _senseless(name, error) from error
 
 
@@ -78,7 +78,7 @@ def unpack_linear(stored: StoredLinear, read: Read) -> tuple[QuantizedTensor, Sc
     try:
         _check_words(stored)
         quantized, scheme = restore_quantized(parts, stored.facts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _senseless(stored.name, error) from error
     _check_groups(stored.name, quantized)
     return quantized, scheme

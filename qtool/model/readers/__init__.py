@@ -30,9 +30,7 @@ class ReadScheme(Protocol):
 
 
 class ReadLinear(Protocol):
-    def __call__(
-        self, checkpoint: Checkpoint, name: str, config: dict[str, Any]
-    ) -> tuple[QuantizedTensor, Scheme] | None: ...
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None: ...
 
 
 class ReadLowRank(Protocol):
