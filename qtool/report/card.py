@@ -20,10 +20,14 @@ CARD = "README.md"
 def write_card(folder: Path, recipe: Recipe, original: Path, results: dict[str, Any], export: dict[str, Any]) -> None:
     """Write the card into an export's folder, and its digest into the manifest.
 
-    original: the folder of the model that was compressed; results: those of results.json; export: this one's entry there.
+    original: the folder of the model that was compressed; results: those of results.json; export: this one's entry there. A
+    file of this name that is not as it was written is someone else's, and stays.
     """
-    write_text(folder / CARD, card_of(recipe, original, results, export))
-    write_manifest(folder, {**read_manifest(folder), CARD: digest_file(folder / CARD)})
+    manifest, card, text = read_manifest(folder), folder / CARD, card_of(recipe, original, results, export)
+    if card.is_file() and digest_file(card) != manifest.get(CARD) and card.read_bytes() != text.encode():
+        return
+    write_text(card, text)
+    write_manifest(folder, {**manifest, CARD: digest_file(card)})
 
 
 def card_of(recipe: Recipe, original: Path, results: dict[str, Any], export: dict[str, Any]) -> str:

@@ -12,6 +12,9 @@ from qtool.recipe import load
 RECIPES = sorted((Path(__file__).resolve().parent.parent.parent / "recipes").glob("*.yaml"))
 
 
+SLOW = ("quantize/yaqa", "quantize/lattice")  # by the weights, not by the text: one block is enough
+
+
 def smaller(path: Path) -> list[str]:
     """Overrides that leave every step in and take seconds."""
     found = ["model=demo", "gates={}"]
@@ -24,6 +27,8 @@ def smaller(path: Path) -> list[str]:
         else:
             fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2}
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if name in type(step.options).model_fields]
+        if step.key in SLOW:
+            found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.[1-5].*"]')
     return found
 
 
