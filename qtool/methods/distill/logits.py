@@ -2,8 +2,9 @@
 
     L = T² mean over tokens of  sum_v p_v (log p_v - log q_v),    p = softmax(teacher / T),  q = softmax(student / T)
     teacher, student [tokens, vocab] logits
-The teacher is the model that the recipe names; text labels are not used. Zeros that pruning made stay zero, codes of
-quantized layers stay as they are and their scales learn.
+The teacher is the model that the recipe names; text labels are not used. Zeros that pruning made stay zero. The scales of
+quantized layers learn, and with code_lr their codes too; with generate the teacher writes more text to train on, which at
+two bits keeps the student from learning the calibration text by heart.
 Source: Hinton et al. 2015, arXiv:1503.02531, section 2; forward KL alone as in Minitron, arXiv:2407.14679, section 3.
 For: after quantizing or pruning, the largest gain of all at two and three bits; tunes scales, norms, embeddings.
 Costs: training: 16 bytes a parameter and the original beside it.
