@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError, nearest
 from qtool.options import Needs, Options
 
@@ -59,6 +60,15 @@ class Method:
     @property
     def kind(self) -> str:
         return self.key.split("/")[0]
+
+    def export(self, model: Any, out: Path, options: Options) -> Artifact:
+        """Write the model into `out`, an empty folder; raises QtoolError, before any of it, for what cannot be held."""
+        if self.check is not None:
+            self.check(model, options)
+        if self.holds is not None:
+            self.holds(model, model.schemes(), options)
+        is_lossless: bool = self.run(model, out, options)
+        return describe_folder(self.key.removeprefix("export/"), out, is_lossless)
 
     def needed(self, options: Options) -> Needs:
         """The statistics that a run with these options takes."""

@@ -21,6 +21,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import qtool  # noqa: E402
+from qtool import registry  # noqa: E402
+from qtool.artifact import Artifact  # noqa: E402
 from qtool.formats.low_rank import LowRank  # noqa: E402
 from qtool.formats.outliers import Outliers  # noqa: E402
 from qtool.formats.scheme import Scheme  # noqa: E402
@@ -212,3 +214,15 @@ def featured(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHand
     for index, changes in of_block.items():
         save_changes(tmp_path / "featured" / f"block_{index:03d}.safetensors", changes)
     return ModelHandle(plain.options, (*plain.changes, tmp_path / "featured"))
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Callable[..., Artifact]:
+    """`export("gptq", model, checkpoint_format="gptq", out="other")`: into a folder of tmp_path, which is made."""
+
+    def run(name: str, model: ModelHandle, out: str = "out", **options: object) -> Artifact:
+        method = registry.load(f"export/{name}")
+        (tmp_path / out).mkdir()
+        return method.export(model, tmp_path / out, method.options.model_validate(options))
+
+    return run

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool import laws, registry
-from qtool.artifact import Artifact, Metric, describe_folder
+from qtool.artifact import Metric
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.allocation import Problem, SearchOptions
 from qtool.formats.low_rank import LowRank
@@ -244,9 +244,8 @@ def unrepeatable(model: ModelHandle, reference: ModelHandle, options: Options, s
     return [Metric("chance", "none", float(torch.rand(())), "fraction")]
 
 
-def export_of_the_original(model: ModelHandle, out: Path, options: Options) -> Artifact:
-    write_checkpoint(ModelHandle(model.options), out)
-    return describe_folder("broken", out, lossless=True)
+def export_of_the_original(model: ModelHandle, out: Path, options: Options) -> bool:
+    return write_checkpoint(ModelHandle(model.options), out)
 
 
 BROKEN_ON_MODELS = [

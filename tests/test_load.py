@@ -25,7 +25,7 @@ TOKENS = torch.randint(2, 4096, (2, 12), generator=torch.Generator().manual_seed
 def export(name: str, model: ModelHandle, out: Path) -> Path:
     method = registry.load(f"export/{name}")
     out.mkdir()
-    method.run(model, out, method.options())
+    method.export(model, out, method.options())
     return out
 
 

@@ -14,6 +14,7 @@ from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
+from qtool.model.linear import is_linear
 
 PLAIN_ALONE = "this export holds plain scales along `in`; use export/safetensors"
 MULTIPLE = 32  # of inputs, and of outputs
@@ -39,10 +40,9 @@ def head_name(model: ModelHandle) -> str | None:
 
 
 def dense_linears(model: ModelHandle, schemes: dict[str, Scheme]) -> list[str]:
-    """Full names of all linears that stay as they are, routers among them, but the head."""
-    head = head_name(model)
-    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name not in schemes and name != head]
+    """Full names of all linears that stay as they are, routers and the head among them."""
+    linears = [name for name, module in model.model.named_modules() if is_linear(module)]
+    return [name for name in linears if name not in schemes]
 
 
 def check_no_experts(where: str, model: ModelHandle) -> None:
@@ -76,7 +76,9 @@ def check_linears(
     """Raise QtoolError where nothing is quantized, or a linear to what no kernel takes."""
     check_some(where, schemes)
     for name, scheme in schemes.items():
-        _check_scheme(f"{where}: {name}: {scheme}", scheme, bits, groups)
+        if scheme.weights.scale_dtype.startswith("float8"):
+            raise QtoolError(f"{where}: {name}: {scheme}: {PLAIN_ALONE}")
+        check_whole_numbers(f"{where}: {name}: {scheme}", scheme, bits, groups)
         _check_kind(where, model, name)
         for count, side in zip(model.linear_shape(name), ("outputs", "inputs"), strict=True):
             if count % MULTIPLE:
@@ -94,24 +96,11 @@ def check_linears(
             )
 
 
-def _check_kind(where: str, model: ModelHandle, name: str) -> None:
-    kind = type(model.model.get_submodule(name))
-    if not issubclass(kind, nn.Linear):
-        raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
-
-
-def _weights_alone(weights: WeightScheme) -> str:
-    return f"this export holds weights alone; quantize to {weights}, or use export/compressed_tensors"
-
-
-def _stored_form(scheme: Scheme | None) -> tuple[object, ...] | None:
-    return None if scheme is None else (scheme.weights.bits, scheme.weights.group, scheme.weights.symmetric)
-
-
-def _check_scheme(where: str, scheme: Scheme, bits: tuple[int, ...], groups: tuple[int, ...]) -> None:
+def check_whole_numbers(where: str, scheme: Scheme, bits: tuple[int, ...], groups: tuple[int, ...]) -> None:
+    """Raise QtoolError for all but weights alone, in whole numbers of such bits and groups or rows, zero points as codes."""
     weights = scheme.weights
-    if weights.format != "int" or weights.scale_dtype.startswith("float8"):
-        raise QtoolError(f"{where}: this export holds whole numbers with plain scales; use export/safetensors")
+    if weights.format != "int":
+        raise QtoolError(f"{where}: this export holds whole numbers; quantize to w4a16g32, or use export/safetensors")
     if weights.double_quant or weights.group_along != "out_channel":
         raise QtoolError(f"{where}: {PLAIN_ALONE}")
     if weights.zero_dtype != "int":
@@ -126,3 +115,17 @@ def _check_scheme(where: str, scheme: Scheme, bits: tuple[int, ...], groups: tup
         raise QtoolError(
             f"{where}: kernels take groups of {words} or a whole row; quantize so, or use export/compressed_tensors"
         )
+
+
+def _check_kind(where: str, model: ModelHandle, name: str) -> None:
+    kind = type(model.model.get_submodule(name))
+    if not issubclass(kind, nn.Linear):
+        raise QtoolError(f"{where}: {name}: {kind.__name__} cannot be held, nn.Linear can; use export/safetensors")
+
+
+def _weights_alone(weights: WeightScheme) -> str:
+    return f"this export holds weights alone; quantize to {weights}, or use export/compressed_tensors"
+
+
+def _stored_form(scheme: Scheme | None) -> tuple[object, ...] | None:
+    return None if scheme is None else (scheme.weights.bits, scheme.weights.group, scheme.weights.symmetric)

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.experts import Experts
 from qtool.layers.quant_linear import QuantLinear
@@ -163,6 +164,15 @@ def write_checkpoint(model: ModelHandle, out: Path, storage: Storage = DENSE, sh
     writer.close()
     write_settings(model, out, storage)
     return is_lossless
+
+
+def written_by(storage: Callable[[ModelHandle, dict[str, Scheme], Any], Storage]) -> Callable[[ModelHandle, Path, Any], bool]:
+    """The `run` of an export that is a storage; `storage` takes what its method's `holds` does."""
+
+    def run(model: ModelHandle, out: Path, options: Any) -> bool:
+        return write_checkpoint(model, out, storage(model, model.schemes(), options))
+
+    return run
 
 
 def packed_by(pack: Pack, where: str, dtype: torch.dtype) -> Encode:

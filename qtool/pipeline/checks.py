@@ -75,9 +75,7 @@ def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme]) ->
     asked = [(entry, why) for entry, why in found if entry.runtime == wanted]
     if not asked:
         known = list(dict.fromkeys(entry.runtime for entry, _ in found))
-        raise QtoolError(
-            f'{step.key}: runtime: nothing is known of "{wanted}" and this export{nearest(wanted, known)}'
-        )
+        raise QtoolError(f'{step.key}: runtime: nothing is known of "{wanted}" and this export{nearest(wanted, known)}')
     if all(why is not None for _, why in asked):
         entry, why = asked[0]
         raise QtoolError(f"{step.key}: {entry} does not serve it: {why}")

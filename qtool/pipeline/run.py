@@ -211,7 +211,7 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        artifact: Artifact = step.method.run(model, temporary, step.options)
+        artifact = step.method.export(model, temporary, step.options)
         write_manifest(temporary, artifact.sha256)
         if out.exists():
             shutil.rmtree(out)

@@ -21,7 +21,7 @@ TinyModel = Callable[..., Path]
 def told_and_written(key: str, model: ModelHandle, out: Path) -> tuple[int, int]:
     method = load(key)
     out.mkdir()
-    artifact = method.run(model, out, method.options())
+    artifact = method.export(model, out, method.options())
     write_manifest(out, artifact.sha256)
     return export_size(method, model, model.schemes(), method.options()), sum(path.stat().st_size for path in out.iterdir())
 
@@ -57,9 +57,7 @@ def test_of_a_head_that_is_the_embedding(tiny_model: TinyModel, quantized: Quant
 
 @pytest.mark.parametrize("shape", [(1024, 64), (3072, 64), (3104, 64)])
 @pytest.mark.parametrize("scheme", ["w4a16g32-asym", "nf4g64-dq", "w3a16", "e8pg64"])
-def test_a_tall_matrix_is_told_from_two_flat_ones(
-    shape: tuple[int, int], scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tall_matrix_is_told_from_two_flat_ones(shape: tuple[int, int], scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many bytes as the whole matrix has; scales quantized by 256 leave a remainder of less than ten bytes."""
     read = Scheme.model_validate(scheme)
 

@@ -12,19 +12,17 @@ Costs: writing the file.
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.group_layouts import AWQ_BITS, pack_awq
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
-from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -34,15 +32,6 @@ GROUPS = (16, 32, 64, 128)
 
 class AwqOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def awq(model: ModelHandle, out: Path, options: AwqOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("awq", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOptions) -> Storage:
@@ -83,17 +72,19 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: AwqOp
 
 def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
     """config.json's quantization_config."""
-    scheme, dense = next(iter(schemes.values())), dense_linears(model, schemes)
-    head = head_name(model)
+    scheme, dense, head = next(iter(schemes.values())), dense_linears(model, schemes), head_name(model)
+    named: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in dense if name != head}
     config = {
         "quant_method": "awq",
         "bits": 4,
         "group_size": scheme.weights.group or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": [*dense, *([] if head is None else [head])],
+        "modules_to_not_convert": dense,
     }
-    return config | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in dense}} if dense else {})
+    return config | ({"dynamic": named} if named else {})
 
 
-METHOD = Method(run=awq, options=AwqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage)
+METHOD = Method(
+    run=written_by(storage), options=AwqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage
+)

@@ -15,20 +15,17 @@ Costs: writing the file.
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.bnb_layouts import BLOCKS, TYPES, pack_blocks, pack_rows, unpack_blocks, unpack_rows
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import check_no_experts
-from qtool.model.linear import is_linear
-from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
+from qtool.model.kernel_limits import check_no_experts, dense_linears
+from qtool.model.writer import Encode, Storage, packed_by, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -38,15 +35,6 @@ THRESHOLD = 6.0  # inputs beyond it stay in 16 bits: bitsandbytes' default
 
 class BitsandbytesOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def bitsandbytes(model: ModelHandle, out: Path, options: BitsandbytesOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("bitsandbytes", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: BitsandbytesOptions) -> Storage:
@@ -110,15 +98,13 @@ def _check_weights(where: str, weights: WeightScheme) -> None:
 
 def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
     """config.json's quantization_config; of what differs from linear to linear, what most of them have."""
-    modules = model.model.named_modules()
-    dense = [name for name, module in modules if is_linear(module) and name not in schemes]
     weights = Counter(scheme.weights for scheme in schemes.values()).most_common(1)[0][0]
     is_rows = weights.format == "int"
     config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": not is_rows,
         "load_in_8bit": is_rows,
-        "llm_int8_skip_modules": dense,
+        "llm_int8_skip_modules": dense_linears(model, schemes),
     }
     if is_rows:
         return config | {"llm_int8_threshold": THRESHOLD, "llm_int8_has_fp16_weight": False}
@@ -131,7 +117,7 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
 
 
 METHOD = Method(
-    run=bitsandbytes,
+    run=written_by(storage),
     options=BitsandbytesOptions,
     scope="model",
     check=check_model,

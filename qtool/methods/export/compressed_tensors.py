@@ -27,13 +27,11 @@ For: transformers and vLLM, integer and floating weights.
 Costs: writing the file.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.compressed_layouts import decode, has_plain_scales, layout_of, pack, weight_arguments
 from qtool.formats.scheme import Scheme
@@ -41,7 +39,7 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import Encode, Storage, write_checkpoint
+from qtool.model.writer import Encode, Storage, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -52,15 +50,6 @@ PACKED = ("pack-quantized", "mxfp4-pack-quantized")  # layouts whose experts tra
 
 class CompressedTensorsOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def compressed_tensors(model: ModelHandle, out: Path, options: CompressedTensorsOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("compressed_tensors", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> Storage:
@@ -183,7 +172,7 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 METHOD = Method(
-    run=compressed_tensors,
+    run=written_by(storage),
     options=CompressedTensorsOptions,
     scope="model",
     check=check_model,

@@ -23,7 +23,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.ggml import TYPES, GgmlType, decodes_to, from_codes, takes_codes, type_of
 from qtool.formats.ggml_rounding import round_to
@@ -57,12 +56,9 @@ class GgufOptions(ExportOptions):
     pre: str | None = Field(None, description="llama.cpp's name of how the tokenizer cuts text; null: found from its pattern")
 
 
-def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    check_model(model, options)
-    schemes = model.schemes()
-    check_schemes(model, schemes, options)
-    family, kinds = family_of(model.config), kinds_of(model, schemes, options)
+def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> bool:
+    """Write the model into `out`; returns whether every tensor is stored as it is."""
+    family, kinds = family_of(model.config), kinds_of(model, model.schemes(), options)
     metadata, tensors = contents(model, kinds, options)
     is_lossless = True
 
@@ -86,7 +82,7 @@ def gguf(model: ModelHandle, out: Path, options: GgufOptions) -> Artifact:
                     is_lossless &= decodes_to(data, kinds[name], W)
                 write(stored, reordered(model, family, stored, data.view(tensors[stored][0][0], -1)))
     write_settings(model, out)
-    return describe_folder("gguf", out, is_lossless)
+    return is_lossless
 
 
 def bytes_of(name: str, W: Tensor, kind: GgmlType, layer: QuantLinear | None = None) -> Tensor:

@@ -17,20 +17,18 @@ Costs: writing the file.
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.group_layouts import GPTQ_BITS, pack_gptq
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, fused_units, head_name
-from qtool.model.writer import Encode, Storage, packed_by, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -45,15 +43,6 @@ class GptqOptions(ExportOptions):
         description="gptq stores zero points less one, gptq_v2 as they are; null: gptq where all schemes are symmetric, which "
         "more runtimes read, else gptq_v2",
     )
-
-
-def gptq(model: ModelHandle, out: Path, options: GptqOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("gptq", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: GptqOptions) -> Storage:
@@ -104,7 +93,7 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme], layout: 
     head = head_name(model)
     counted = Counter(scheme for name, scheme in schemes.items() if name != head) or Counter(schemes.values())
     base = setting_of(counted.most_common(1)[0][0])
-    dense = dense_linears(model, schemes)
+    dense = [name for name in dense_linears(model, schemes) if name != head]
     dynamic: dict[str, Setting] = {f"-:{pattern_of(name)}": {} for name in (*dense, *fused_units(dense))}
     dynamic |= {f"+:{pattern_of(name)}": setting for name, setting in settings.items() if setting != base}
     config = {
@@ -128,4 +117,6 @@ def pattern_of(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
-METHOD = Method(run=gptq, options=GptqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage)
+METHOD = Method(
+    run=written_by(storage), options=GptqOptions, scope="model", check=check_model, holds=check_schemes, storage=storage
+)

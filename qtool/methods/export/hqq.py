@@ -13,19 +13,17 @@ Costs: writing the file.
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.hqq_layouts import CODES_OF_WORD, flags_of, numbers_of, pack_hqq, unpack_hqq
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import check_no_experts, check_weights_alone
-from qtool.model.writer import Encode, Storage, packed_by, rope_settings, write_checkpoint
+from qtool.model.kernel_limits import check_no_experts, check_weights_alone, dense_linears
+from qtool.model.writer import Encode, Storage, packed_by, rope_settings, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -35,15 +33,6 @@ BITS = (1, 2, 3, 4, 8)
 
 class HqqOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def hqq(model: ModelHandle, out: Path, options: HqqOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("hqq", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: HqqOptions) -> Storage:
@@ -90,12 +79,6 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: HqqOp
             )
 
 
-def dense_linears(model: ModelHandle, schemes: dict[str, Scheme]) -> list[str]:
-    """Full names of all linears that stay as they are."""
-    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name not in schemes]
-
-
 def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[str, Any]:
     """config.json's quantization_config; of what differs from linear to linear, what most of them have."""
     weights = Counter(scheme.weights for scheme in schemes.values()).most_common(1)[0][0]
@@ -114,7 +97,7 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
 
 
 METHOD = Method(
-    run=hqq,
+    run=written_by(storage),
     options=HqqOptions,
     scope="model",
     check=check_model,

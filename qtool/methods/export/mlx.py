@@ -13,21 +13,19 @@ Costs: writing the file.
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.mlx_layouts import AFFINE, BITS, GROUPS, MODES, decode_mlx, pack_mlx
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import check_no_experts, check_weights_alone, head_name
-from qtool.model.writer import Encode, Storage, packed_by, rope_settings, write_checkpoint
+from qtool.model.writer import Encode, Storage, packed_by, rope_settings, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -43,15 +41,6 @@ class MlxOptions(ExportOptions):
         description="dtype of scales and biases; model: the model's own, as mlx-lm writes them; float32 keeps every zero "
         "point, but makes activations float32",
     )
-
-
-def mlx(model: ModelHandle, out: Path, options: MlxOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("mlx", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: MlxOptions) -> Storage:
@@ -116,7 +105,7 @@ def setting_of(layout: tuple[int, int, str]) -> dict[str, Any]:
 
 
 METHOD = Method(
-    run=mlx,
+    run=written_by(storage),
     options=MlxOptions,
     scope="model",
     check=check_model,

@@ -26,13 +26,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.onnx_layouts import ONNX_BITS, ONNX_GROUPS, Form, Layout, Part, form_of, pack, unpack
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import head_name
+from qtool.model.kernel_limits import check_whole_numbers, head_name
 from qtool.model.onnx_file import KINDS, OnnxWriter, dense, files_size, require_onnx
 from qtool.model.onnx_graph import build_graph, check_family
 from qtool.model.sizes import settings_size
@@ -62,12 +61,9 @@ class OnnxOptions(ExportOptions):
         return self
 
 
-def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the graph cannot compute."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    forms = forms_of(model, schemes, options)
+def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> bool:
+    """Write the model into `out`; returns whether every number of it is stored as it is."""
+    forms = forms_of(model, model.schemes(), options)
     graph, writer, is_lossless = build_graph(model, forms, options.accuracy_level), OnnxWriter(out), True
     parts: dict[str, Part] = {}  # of the quantized linears in memory
 
@@ -85,7 +81,7 @@ def onnx(model: ModelHandle, out: Path, options: OnnxOptions) -> Artifact:
             writer.add(name, parts.pop(name) if name in parts else dense(tensor))
     writer.close(graph)
     write_settings(model, out)
-    return describe_folder("onnx", out, is_lossless)
+    return is_lossless
 
 
 def forms_of(model: ModelHandle, schemes: dict[str, Scheme], options: OnnxOptions) -> dict[str, Form]:
@@ -114,20 +110,7 @@ def check_model(model: ModelHandle, options: OnnxOptions) -> None:
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: OnnxOptions) -> None:
     """Raise QtoolError for what the operators do not decode."""
     for name, scheme in schemes.items():
-        where, weights = f"{WHERE}: {name}: {scheme}", scheme.weights
-        if weights.format != "int":
-            raise QtoolError(f"{where}: this export holds whole numbers; quantize to w4a16g32, or use export/safetensors")
-        if weights.double_quant or weights.group_along != "out_channel":
-            raise QtoolError(f"{where}: this export holds plain scales along `in`; use export/safetensors")
-        if weights.zero_dtype != "int":
-            raise QtoolError(f"{where}: zero points must be codes, as in w4a16g128-asym; use that, or export/safetensors")
-        if scheme.activations is not None or scheme.kv is not None:
-            raise QtoolError(f"{where}: weights alone can be held; quantize to {weights}, or use export/compressed_tensors")
-        if weights.bits not in ONNX_BITS:
-            raise QtoolError(f"{where}: kernels take 2, 4 or 8 bits; quantize so, or use export/compressed_tensors")
-        if weights.group not in (None, *ONNX_GROUPS):
-            words = ", ".join(map(str, ONNX_GROUPS))
-            raise QtoolError(f"{where}: kernels take groups of {words} or a whole row; quantize so, or use export/safetensors")
+        check_whole_numbers(f"{WHERE}: {name}: {scheme}", scheme, ONNX_BITS, ONNX_GROUPS)
         if model.is_tied and name == head_name(model):
             raise QtoolError(f"{WHERE}: {name}: a head that is the embedding has no codes of its own; add it to ignore")
 

@@ -15,30 +15,20 @@ For: qtool.load, which makes a transformers model of it, and what no other forma
 Costs: writing the file.
 """
 
-from pathlib import Path
-
 from torch import Tensor
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 from qtool.model.own_layout import VERSION, pack_linear
-from qtool.model.writer import Encode, Storage, write_checkpoint
+from qtool.model.writer import Encode, Storage, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
 
 class QtoolOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def qtool(model: ModelHandle, out: Path, options: QtoolOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, where nothing is quantized."""
-    schemes = model.schemes()
-    check_schemes(model, schemes, options)
-    return describe_folder("qtool", out, write_checkpoint(model, out, storage(model, schemes, options)))
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> Storage:
@@ -61,4 +51,6 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Qtool
         raise QtoolError("export/qtool: no linear is quantized; put a quantize step before it, or use export/safetensors")
 
 
-METHOD = Method(run=qtool, options=QtoolOptions, scope="model", holds=check_schemes, storage=storage, holds_additions=True)
+METHOD = Method(
+    run=written_by(storage), options=QtoolOptions, scope="model", holds=check_schemes, storage=storage, holds_additions=True
+)

@@ -8,26 +8,16 @@ For: anything that loads transformers checkpoints; as large as the original.
 Costs: writing the file.
 """
 
-from pathlib import Path
-
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.model.handle import ModelHandle
-from qtool.model.writer import DENSE, Storage, write_checkpoint
+from qtool.model.writer import DENSE, Storage, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
 
 class SafetensorsOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def safetensors(model: ModelHandle, out: Path, options: SafetensorsOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError where more than weights is quantized."""
-    schemes = model.schemes()
-    check_schemes(model, schemes, options)
-    return describe_folder("safetensors", out, write_checkpoint(model, out, storage(model, schemes, options)))
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: SafetensorsOptions) -> Storage:
@@ -46,5 +36,10 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Safet
 
 
 METHOD = Method(
-    run=safetensors, options=SafetensorsOptions, scope="model", holds=check_schemes, storage=storage, holds_additions=True
+    run=written_by(storage),
+    options=SafetensorsOptions,
+    scope="model",
+    holds=check_schemes,
+    storage=storage,
+    holds_additions=True,
 )

@@ -13,20 +13,17 @@ Costs: writing the file.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.artifact import Artifact, describe_folder
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import check_no_experts
-from qtool.model.linear import is_linear
-from qtool.model.writer import Describe, Encode, Storage, packed_by, write_checkpoint
+from qtool.model.kernel_limits import check_no_experts, dense_linears
+from qtool.model.writer import Describe, Encode, Storage, packed_by, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
 
@@ -36,15 +33,6 @@ CODES, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 
 class TorchaoOptions(ExportOptions):
     """The format leaves nothing else to choose."""
-
-
-def torchao(model: ModelHandle, out: Path, options: TorchaoOptions) -> Artifact:
-    """Write the model into `out`; raises QtoolError, before anything is written, for what the format cannot hold."""
-    schemes = model.schemes()
-    check_model(model, options)
-    check_schemes(model, schemes, options)
-    is_lossless = write_checkpoint(model, out, storage(model, schemes, options))
-    return describe_folder("torchao", out, is_lossless)
 
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: TorchaoOptions) -> Storage:
@@ -149,18 +137,17 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     if has_activations:
         fields["act_mapping_type"] = {"_data": "SYMMETRIC", "_type": "MappingType"}
     kind = "Int8DynamicActivationInt8WeightConfig" if has_activations else "Int8WeightOnlyConfig"
-    modules = model.model.named_modules()
     return {
         "quant_method": "torchao",
         "quant_type": {"default": {"_data": fields, "_type": kind, "_version": 2}},
-        "modules_to_not_convert": [name for name, module in modules if is_linear(module) and name not in schemes],
+        "modules_to_not_convert": dense_linears(model, schemes),
         "include_input_output_embeddings": False,
         "untie_embedding_weights": False,
     }
 
 
 METHOD = Method(
-    run=torchao,
+    run=written_by(storage),
     options=TorchaoOptions,
     scope="model",
     check=check_model,

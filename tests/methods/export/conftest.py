@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qtool import registry
 from qtool.artifact import Artifact
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
@@ -41,20 +40,6 @@ MIXTURES: dict[str, dict[str, object]] = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64},
     "granitemoe": {"num_local_experts": 4},
 }
-
-
-@pytest.fixture
-def export(tmp_path: Path) -> Callable[..., Artifact]:
-    """`export("gptq", model, checkpoint_format="gptq")`: into tmp_path / "out", which is made."""
-
-    def run(name: str, model: ModelHandle, **options: object) -> Artifact:
-        method = registry.load(f"export/{name}")
-        (tmp_path / "out").mkdir()
-        artifact = method.run(model, tmp_path / "out", method.options.model_validate(options))
-        assert isinstance(artifact, Artifact)
-        return artifact
-
-    return run
 
 
 @pytest.fixture

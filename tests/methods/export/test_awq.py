@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.methods.export.awq import METHOD, AwqOptions, awq
+from qtool.methods.export.awq import METHOD, AwqOptions
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -24,14 +25,10 @@ ConfigOf = Callable[[Path], dict[str, Any]]
 Read = Callable[[Path], ModelHandle]
 
 
-def export(model: ModelHandle, out: Path) -> Artifact:
-    out.mkdir()
-    return awq(model, out, AwqOptions())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g16", "w4a16", "w4a16g32-asym", "w4a16-asym"])
 def test_every_code_comes_back(
+    export: Export,
     scheme: str,
     dtype: str,
     tiny_model: TinyModel,
@@ -42,15 +39,15 @@ def test_every_code_comes_back(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("awq", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_the_file_holds_four_tensors_a_linear_in_the_shapes_of_the_layout(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model("qwen2", dtype="bfloat16"), "w4a16g32"), tmp_path / "out")
+    export("awq", quantized(tiny_model("qwen2", dtype="bfloat16"), "w4a16g32"))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         name = "model.layers.1.self_attn.k_proj"  # [32, 64], with a bias
         parts = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys() if key.startswith(name)}
@@ -63,9 +60,9 @@ def test_the_file_holds_four_tensors_a_linear_in_the_shapes_of_the_layout(
 
 
 def test_the_config_says_what_the_file_holds(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
-    export(quantized(tiny_model("llama"), "w4a16-asym"), tmp_path / "out")
+    export("awq", quantized(tiny_model("llama"), "w4a16-asym"))
     assert config_of(tmp_path / "out") == {
         "quant_method": "awq",
         "bits": 4,
@@ -77,11 +74,17 @@ def test_the_config_says_what_the_file_holds(
 
 
 def test_symmetric_and_asymmetric_and_dense_linears_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     schemes = {"layers.0.self_attn.*": "w4a16g32-asym", "mlp.*": "w4a16g32"}
     model = quantized(tiny_model("llama"), schemes)
-    export(model, tmp_path / "out")
+    export("awq", model)
     dense = [f"model.layers.1.self_attn.{side}_proj" for side in "qkvo"]
     config = config_of(tmp_path / "out")
     assert config["modules_to_not_convert"] == [*dense, "lm_head"]
@@ -91,35 +94,35 @@ def test_symmetric_and_asymmetric_and_dense_linears_go_together(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
 def test_other_families_come_back_too(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
+    export: Export, family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32-asym")
-    assert export(model, tmp_path / "out").lossless
+    assert export("awq", model).lossless
     same_codes(read(tmp_path / "out"), model)
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
-    export(model, tmp_path / "out")
+    export("awq", model)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert not [key for key in file.keys() if key.startswith("lm_head")]
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_the_smallest_matrices_that_kernels_take_come_back(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = quantized(tiny_model("llama", **sizes), "w4a16g16")
-    export(model, tmp_path / "out")
+    export("awq", model)
     same_codes(read(tmp_path / "out"), model)
 
 
-def test_scales_that_float16_loses_are_reported(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_scales_that_float16_loses_are_reported(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     wide = {"weights": {"bits": 4, "group": 32, "scale_dtype": "float32"}}
-    assert not export(quantized(tiny_model("llama"), wide), tmp_path / "out").lossless
+    assert not export("awq", quantized(tiny_model("llama"), wide)).lossless
 
 
 @pytest.mark.parametrize(
@@ -143,11 +146,11 @@ def test_scales_that_float16_loses_are_reported(tiny_model: TinyModel, quantized
     ],
 )
 def test_what_format_or_kernels_cannot_hold_is_refused_before_anything_is_written(
-    family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out")
+        export("awq", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -160,10 +163,10 @@ def test_misfits_are_refused_by_the_plan_alone(tiny_model: TinyModel) -> None:
         METHOD.holds(model, planned, AwqOptions())
 
 
-def test_a_scale_beyond_float16_names_its_linear(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_a_scale_beyond_float16_names_its_linear(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     folder, name = tiny_model("llama"), "model.layers.1.mlp.up_proj"
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{name}.weight"] *= 1e7
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(QtoolError, match=rf"export/awq: {name}: a scale of .* is beyond float16"):
-        export(quantized(folder, "w4a16g32"), tmp_path / "out")
+        export("awq", quantized(folder, "w4a16g32"))

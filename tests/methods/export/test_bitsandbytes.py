@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.methods.export.bitsandbytes import METHOD, BitsandbytesOptions, bitsandbytes
+from qtool.methods.export.bitsandbytes import METHOD, BitsandbytesOptions
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -25,14 +26,10 @@ Read = Callable[[Path], ModelHandle]
 SCHEMES = ("nf4g64", "nf4g32", "fp4_bnbg64", "nf4g32-dq", "fp4_bnbg64-dq", "w8a16")
 
 
-def export(model: ModelHandle, out: Path) -> Artifact:
-    out.mkdir()
-    return bitsandbytes(model, out, BitsandbytesOptions())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_code_comes_back(
+    export: Export,
     scheme: str,
     dtype: str,
     tiny_model: TinyModel,
@@ -43,7 +40,7 @@ def test_every_code_comes_back(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("bitsandbytes", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
@@ -78,9 +75,9 @@ def test_every_code_comes_back(
     ],
 )
 def test_the_file_holds_a_linear_under_the_names_of_the_layout(
-    scheme: str, expected: dict[str, Any], tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, scheme: str, expected: dict[str, Any], tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model("qwen2", dtype="bfloat16"), scheme), tmp_path / "out")
+    export("bitsandbytes", quantized(tiny_model("qwen2", dtype="bfloat16"), scheme))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         name = "model.layers.1.self_attn.k_proj"  # [32, 64], with a bias
         parts = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys() if key.startswith(name)}
@@ -90,9 +87,9 @@ def test_the_file_holds_a_linear_under_the_names_of_the_layout(
 
 
 def test_the_config_says_what_the_file_holds(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
-    export(quantized(tiny_model("llama", dtype="bfloat16"), "nf4g64-dq"), tmp_path / "four")
+    export("bitsandbytes", quantized(tiny_model("llama", dtype="bfloat16"), "nf4g64-dq"), out="four")
     assert config_of(tmp_path / "four") == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -103,7 +100,7 @@ def test_the_config_says_what_the_file_holds(
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
     }
-    export(quantized(tiny_model("llama", name="other"), "w8a16"), tmp_path / "eight")
+    export("bitsandbytes", quantized(tiny_model("llama", name="other"), "w8a16"), out="eight")
     assert config_of(tmp_path / "eight") == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": False,
@@ -115,10 +112,16 @@ def test_the_config_says_what_the_file_holds(
 
 
 def test_formats_and_dense_linears_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), {"layers.0.self_attn.*": "fp4_bnbg64", "mlp.*": "nf4g32-dq"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("bitsandbytes", model).lossless
     config = config_of(tmp_path / "out")
     assert config["llm_int8_skip_modules"] == [*(f"model.layers.1.self_attn.{side}_proj" for side in "qkvo"), "lm_head"]
     assert config["bnb_4bit_quant_type"] == "nf4" and config["bnb_4bit_use_double_quant"]  # what most linears have
@@ -128,6 +131,7 @@ def test_formats_and_dense_linears_go_together(
 @pytest.mark.parametrize("scheme", ["nf4g64-dq", "w8a16"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "gpt2"])
 def test_other_families_come_back_too(
+    export: Export,
     family: str,
     scheme: str,
     tiny_model: TinyModel,
@@ -138,13 +142,14 @@ def test_other_families_come_back_too(
     read: Read,
 ) -> None:
     model = quantized(tiny_model(family), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("bitsandbytes", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_quantized_head_is_not_skipped(
+    export: Export,
     family: str,
     tiny_model: TinyModel,
     quantized: Quantized,
@@ -155,27 +160,33 @@ def test_a_quantized_head_is_not_skipped(
     read: Read,
 ) -> None:
     model = quantized(tiny_model(family, tie_word_embeddings=False), {"lm_head": "fp4_bnbg32", "*": "nf4g64"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("bitsandbytes", model).lossless
     assert config_of(tmp_path / "out")["llm_int8_skip_modules"] == []  # null would mean the head
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, config_of: ConfigOf, read: Read
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "nf4g64")
-    export(model, tmp_path / "out")
+    export("bitsandbytes", model)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert not [key for key in tensors if key.startswith("lm_head")]
     assert config_of(tmp_path / "out")["llm_int8_skip_modules"] == ["lm_head"]
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
-def test_row_scales_that_lose_a_bit_by_127_are_reported(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_row_scales_that_lose_a_bit_by_127_are_reported(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     wide = {"weights": {"bits": 8, "scale_dtype": "float32"}}
-    assert not export(quantized(tiny_model("llama"), wide), tmp_path / "out").lossless
-    assert export(quantized(tiny_model("llama", name="again"), "w8a16"), tmp_path / "again-out").lossless
+    assert not export("bitsandbytes", quantized(tiny_model("llama"), wide)).lossless
+    assert export("bitsandbytes", quantized(tiny_model("llama", name="again"), "w8a16"), out="again-out").lossless
 
 
 @pytest.mark.parametrize(
@@ -199,11 +210,11 @@ def test_row_scales_that_lose_a_bit_by_127_are_reported(tiny_model: TinyModel, q
     ],
 )
 def test_what_bitsandbytes_cannot_hold_is_refused_before_anything_is_written(
-    family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out")
+        export("bitsandbytes", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 

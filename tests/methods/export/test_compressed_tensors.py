@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from qtool.artifact import Artifact, digest_file
 from qtool.errors import QtoolError
-from qtool.methods.export.compressed_tensors import METHOD, CompressedTensorsOptions, compressed_tensors
-from qtool.methods.export.safetensors import SafetensorsOptions, safetensors
+from qtool.methods.export.compressed_tensors import METHOD, CompressedTensorsOptions
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.model.writer import write_checkpoint
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -29,11 +29,6 @@ Reload = Callable[[Path], torch.Tensor]
 SameCodes = Callable[[ModelHandle, ModelHandle], None]
 ConfigOf = Callable[[Path], dict[str, Any]]
 FLOATS = ["nvfp4", "mxfp4", "mxfp8_e4m3", "e4m3", "e4m3g32"]
-
-
-def export(model: ModelHandle, out: Path) -> Artifact:
-    out.mkdir()
-    return compressed_tensors(model, out, CompressedTensorsOptions())
 
 
 def assert_same_weights(model: ModelHandle, other: ModelHandle) -> None:
@@ -47,16 +42,24 @@ def assert_same_weights(model: ModelHandle, other: ModelHandle) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w8a16", "w2a16g16", "w3a16", "w5a16g32", "w6a16g64", "w7a16"])
 def test_transformers_computes_the_same_from_packed_weights(
-    scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    export: Export,
+    scheme: str,
+    dtype: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
 
 
 @pytest.mark.parametrize("scheme", FLOATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_transformers_computes_the_same_from_float_weights(
+    export: Export,
     scheme: str,
     dtype: str,
     tiny_model: TinyModel,
@@ -68,7 +71,7 @@ def test_transformers_computes_the_same_from_float_weights(
     config_of: ConfigOf,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    is_lossless = export(model, tmp_path / "out").lossless
+    is_lossless = export("compressed_tensors", model).lossless
     again, expected = ModelHandle(ModelOptions(path=str(tmp_path / "out"))), logits_of(model)
     same_codes(again, model)
     assert torch.equal(logits_of(again), expected)
@@ -80,6 +83,7 @@ def test_transformers_computes_the_same_from_float_weights(
 
 
 def test_formats_of_a_model_may_differ(
+    export: Export,
     tiny_model: TinyModel,
     quantized: Quantized,
     tmp_path: Path,
@@ -90,7 +94,7 @@ def test_formats_of_a_model_may_differ(
 ) -> None:
     floats = {"q_proj": "nvfp4", "k_proj": "mxfp4", "v_proj": "e4m3", "o_proj": "mxfp8_e4m3", "gate_proj": "w4a16g32"}
     model = quantized(tiny_model("llama", dtype="bfloat16"), floats | {"lm_head": "e4m3g32"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     config = config_of(tmp_path / "out")
     assert QuantizationConfig.model_validate(config).format == config["format"] == "mixed-precision"
     of_first = {g["targets"][0].rsplit(".", 1)[-1]: g["format"] for g in config["config_groups"].values()}
@@ -109,20 +113,26 @@ def test_formats_of_a_model_may_differ(
 
 
 def test_transformers_does_not_multiply_bfloat16_weights_among_several_schemes(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model("llama"), {"q_proj": "w8a16", "mlp.*": "mxfp4"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     with pytest.raises(RuntimeError, match="same dtype"):
         reload(tmp_path / "out")
     assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
 
 
 def test_the_config_says_which_activations_go_with_float_weights(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload, config_of: ConfigOf
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+    config_of: ConfigOf,
 ) -> None:
     model = quantized(tiny_model("llama"), {"weights": {"format": "e4m3"}, "activations": {"bits": 8}})
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     group = config_of(tmp_path / "out")["config_groups"]["group_0"]
     assert group["format"] == "float-quantized"
     assert (group["weights"]["type"], group["weights"]["strategy"], group["weights"]["num_bits"]) == ("float", "channel", 8)
@@ -139,6 +149,7 @@ def test_the_config_says_which_activations_go_with_float_weights(
     "schemes", ["w4a16g32-asym", "w8a16-asym", "w3a16g16-asym", {"mlp.*": "w4a16g32-asym"}, {"lm_head": "w6a16g64-asym"}]
 )
 def test_transformers_decodes_zero_points_where_one_scheme_serves_all(
+    export: Export,
     schemes: object,
     dtype: str,
     tiny_model: TinyModel,
@@ -148,16 +159,16 @@ def test_transformers_decodes_zero_points_where_one_scheme_serves_all(
     reload: Reload,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), schemes)
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
     assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
 
 
 def test_transformers_refuses_zero_points_among_several_schemes(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model("llama"), {"q_proj": "w8a16", "mlp.*": "w4a16g32-asym"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         reload(tmp_path / "out")
     assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
@@ -182,10 +193,16 @@ def test_the_library_gives_transformers_modules_with_unpacked_zero_points() -> N
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8g32-asym", "w4a8g32", "w4a6-asym"])
 def test_transformers_computes_the_same_with_quantized_activations(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    export: Export,
+    scheme: str,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     expected = logits_of(model)
     error = (reload(tmp_path / "out") - expected).norm() / expected.norm()
     assert error < 1e-3  # float32 scales of tokens differ in the last bit, and then now and then a code
@@ -195,10 +212,10 @@ def test_transformers_computes_the_same_with_quantized_activations(
     "scheme", ["w4a16g32", "w4a16g32-asym", "w3a16-asym", "w8a16g16-asym", "w8a8", "w8a8-asym", "w4a8g32-asym", *FLOATS]
 )
 def test_the_library_decodes_the_weights_of_the_model_in_memory(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+    export: Export, scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     group = QuantizationConfig.model_validate(config_of(tmp_path / "out")).config_groups["group_0"]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         for block in model.blocks():
@@ -212,21 +229,27 @@ def test_the_library_decodes_the_weights_of_the_model_in_memory(
 
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g16-asym", "w8a8", "w8a8g32-asym", "w4a8-asym"])
 def test_qtool_reads_its_own_bytes_back(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
     assert_same_weights(model, again)
     assert torch.equal(logits_of(again), logits_of(model))
 
 
 def test_every_scheme_is_a_group_that_names_its_linears(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload, config_of: ConfigOf
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    logits_of: LogitsOf,
+    reload: Reload,
+    config_of: ConfigOf,
 ) -> None:
     schemes = {"q_proj": "w8a16", "down_proj": "w4a8g32", "layers.0.mlp.*": "w3a16g32", "mlp.*": "w4a16g16"}
     model = quantized(tiny_model("llama"), schemes)
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     config = config_of(tmp_path / "out")
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.format == "mixed-precision"
@@ -252,6 +275,7 @@ def test_every_scheme_is_a_group_that_names_its_linears(
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g32-asym"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
 def test_other_families_reload_too(
+    export: Export,
     family: str,
     scheme: str,
     tiny_model: TinyModel,
@@ -261,7 +285,7 @@ def test_other_families_reload_too(
     reload: Reload,
 ) -> None:
     model = quantized(tiny_model(family), scheme)
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     assert torch.equal(logits_of(ModelHandle(ModelOptions(path=str(tmp_path / "out")))), logits_of(model))
     if (family, scheme) != ("falcon", "w4a16g32"):  # whose _init_weights in transformers 5.23 expects dense weights
         assert torch.equal(reload(tmp_path / "out"), logits_of(model))
@@ -280,6 +304,7 @@ def test_other_families_reload_too(
 )
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_transformers_loads_a_mixture_of_packed_experts(
+    export: Export,
     family: str,
     schemes: object,
     dtype: str,
@@ -290,14 +315,12 @@ def test_transformers_loads_a_mixture_of_packed_experts(
     reload: Reload,
 ) -> None:
     model = quantized(tiny_mixture(family, dtype=dtype), schemes)
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     again, expected = ModelHandle(ModelOptions(path=str(tmp_path / "out"))), logits_of(model)
     assert torch.equal(logits_of(again), expected)
     assert {name: str(scheme) for name, scheme in again.schemes().items()} == {n: str(s) for n, s in model.schemes().items()}
     reloaded = reload(tmp_path / "out")
-    (tmp_path / "dense").mkdir()
-    safetensors(model, tmp_path / "dense", SafetensorsOptions())
-    assert torch.equal(reloaded, reload(tmp_path / "dense"))
+    assert torch.equal(reloaded, reload(export("safetensors", model, out="dense").path))
     if dtype == "float32":  # in bfloat16 transformers and qtool round a mixture's sums at other places
         assert (reloaded - expected).norm() / expected.norm() < 1e-5
 
@@ -305,6 +328,7 @@ def test_transformers_loads_a_mixture_of_packed_experts(
 @pytest.mark.parametrize("schemes", ["mxfp4", {"experts.*": "mxfp4", "self_attn.*": "nvfp4"}])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_transformers_loads_a_mixture_of_mxfp4_experts(
+    export: Export,
     family: str,
     schemes: object,
     tiny_mixture: TinyModel,
@@ -315,13 +339,11 @@ def test_transformers_loads_a_mixture_of_mxfp4_experts(
     same_codes: SameCodes,
 ) -> None:
     model = quantized(tiny_mixture(family, dtype="bfloat16"), schemes)  # in another dtype experts multiply in bfloat16
-    assert export(model, tmp_path / "out").lossless
+    assert export("compressed_tensors", model).lossless
     again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
     same_codes(again, model)
     assert torch.equal(logits_of(again), logits_of(model))
-    (tmp_path / "dense").mkdir()
-    safetensors(model, tmp_path / "dense", SafetensorsOptions())
-    assert torch.equal(reload(tmp_path / "out"), reload(tmp_path / "dense"))
+    assert torch.equal(reload(tmp_path / "out"), reload(export("safetensors", model, out="dense").path))
 
 
 @pytest.mark.parametrize(
@@ -336,6 +358,7 @@ def test_transformers_loads_a_mixture_of_mxfp4_experts(
     ],
 )
 def test_experts_stand_one_by_one_under_the_names_of_the_dense_checkpoint(
+    export: Export,
     family: str,
     expert: str,
     sides: dict[str, list[int]],
@@ -346,7 +369,7 @@ def test_experts_stand_one_by_one_under_the_names_of_the_dense_checkpoint(
 ) -> None:
     folder = tiny_mixture(family)
     model = quantized(folder, {"experts.*": "w4a16g32", "self_attn.*": "w4a16g32"})
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         for side, shape in sides.items():
             assert file.get_tensor(f"{expert}.{side}.weight_shape").tolist() == shape
@@ -361,10 +384,10 @@ def test_experts_stand_one_by_one_under_the_names_of_the_dense_checkpoint(
 
 
 def test_a_quantized_head_is_held_packed(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, reload: Reload
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16", "mlp.*": "w4a16g32"})
-    export(model, tmp_path / "out")
+    export("compressed_tensors", model)
     assert torch.equal(reload(tmp_path / "out"), logits_of(model))
     again = ModelHandle(ModelOptions(path=str(tmp_path / "out")))
     assert torch.equal(logits_of(again), logits_of(model))
@@ -388,18 +411,20 @@ def test_many_files_reload_as_one(
 
 
 def test_scales_that_readers_cannot_hold_are_no_lossless_export(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     scheme = {"weights": {"bits": 4, "group": 32, "scale_dtype": "float32"}}
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
-    assert not export(model, tmp_path / "out").lossless  # transformers keeps scales in the model's bfloat16
+    assert not export("compressed_tensors", model).lossless  # transformers keeps scales in the model's bfloat16
     assert_same_weights(model, ModelHandle(ModelOptions(path=str(tmp_path / "out"))))
 
 
-def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_artifact_counts_and_digests_every_file(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
     folder, out = tiny_model("llama"), tmp_path / "out"
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    artifact = export(quantized(folder, "w4a16g32"), out)
+    artifact = export("compressed_tensors", quantized(folder, "w4a16g32"), out)
     assert artifact.bytes == sum(path.stat().st_size for path in out.iterdir())
     assert artifact.sha256 == {path.name: digest_file(path) for path in out.iterdir()}
     copied = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
@@ -436,11 +461,11 @@ def test_the_artifact_counts_and_digests_every_file(tiny_model: TinyModel, quant
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
-    family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out")
+        export("compressed_tensors", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -459,8 +484,11 @@ def test_experts_that_checkpoints_keep_fused_are_refused_before_any_step(tiny_mi
 
 
 def test_a_disk_that_refuses_is_a_clear_error(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    full_disk: Callable[[], AbstractContextManager[None]],
 ) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
     with full_disk(), pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
-        export(model, tmp_path / "out")
+        export("compressed_tensors", model)

@@ -16,23 +16,18 @@ from qtool.errors import QtoolError
 from qtool.formats.ggml import TYPES
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
-from qtool.methods.export.compressed_tensors import CompressedTensorsOptions, compressed_tensors
-from qtool.methods.export.gguf import METHOD, GgufOptions, contents, gguf, kinds_of
+from qtool.methods.export.gguf import METHOD, GgufOptions, contents, kinds_of
 from qtool.model.gguf import file_size
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.model.store import save_changes
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
-
-
-def export(model: ModelHandle, out: Path, **options: object) -> Artifact:
-    out.mkdir()
-    return gguf(model, out, GgufOptions.model_validate(options))
 
 
 def opened(folder: Path) -> ModelHandle:
@@ -55,10 +50,10 @@ def types(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w4a16g64", "w4a16", "w5a16g32", "w8a16g32", "iq4_nlg32", "mxfp4", "mxint8"])
 def test_codes_are_written_as_they_are(
-    scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, scheme: str, dtype: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("gguf", model).lossless
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
     theirs = decoded(tmp_path / "out")
     for block in model.blocks():
@@ -68,20 +63,20 @@ def test_codes_are_written_as_they_are(
 
 @pytest.mark.parametrize("scheme", ["w4a16g32-asym", "w5a16g64-asym", "w4a16g32-asymf16"])
 def test_offsets_lose_a_bit_and_the_artifact_says_so(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
-    assert not export(model, tmp_path / "out").lossless
+    assert not export("gguf", model).lossless
     expected = logits_of(model)
     error = (logits_of(opened(tmp_path / "out")) - expected).norm() / expected.norm()
     assert 0 < error < 2**-9  # each offset by 2^-12 of itself at most
 
 
 def test_rows_of_queries_and_keys_stand_where_llama_cpp_has_them(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model("llama", attention_bias=True), "w4a16g32")
-    export(model, tmp_path / "out")
+    export("gguf", model)
     theirs, block = decoded(tmp_path / "out"), model.block(0)
     for side, heads in (("q", 4), ("k", 2)):
         layer = block.get(f"{block.name}.self_attn.{side}_proj")
@@ -92,10 +87,10 @@ def test_rows_of_queries_and_keys_stand_where_llama_cpp_has_them(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def test_every_family_is_read_back(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32")
-    assert export(model, tmp_path / "out").lossless
+    assert export("gguf", model).lossless
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
@@ -106,48 +101,51 @@ def test_other_families_are_refused_before_any_work(family: str, tiny_model: Tin
 
 
 def test_an_export_of_another_format_keeps_its_codes_too(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), "w4a16g32")
-    (tmp_path / "packed").mkdir()
-    compressed_tensors(model, tmp_path / "packed", CompressedTensorsOptions())
-    assert export(opened(tmp_path / "packed"), tmp_path / "out").lossless
+    packed = export("compressed_tensors", model, out="packed").path
+    assert export("gguf", opened(packed)).lossless
     assert types(tmp_path / "out")["blk.0.ffn_up.weight"] == "q4_0"
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
-def test_a_tied_head_is_written_once(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf) -> None:
+def test_a_tied_head_is_written_once(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+) -> None:
     model = quantized(tiny_model("qwen2", tie_word_embeddings=True), "w4a16g32")
-    export(model, tmp_path / "out")
+    export("gguf", model)
     assert "output.weight" not in types(tmp_path / "out")
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
 def test_a_quantized_head_keeps_its_codes(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16g32", "mlp.*": "w4a16g32"})
-    assert export(model, tmp_path / "out").lossless
+    assert export("gguf", model).lossless
     found = types(tmp_path / "out")
     assert (found["output.weight"], found["blk.0.ffn_up.weight"], found["blk.0.attn_q.weight"]) == ("q8_0", "q4_0", "f32")
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
-def test_a_model_that_is_not_quantized_is_written_dense(tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf) -> None:
+def test_a_model_that_is_not_quantized_is_written_dense(
+    export: Export, tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf
+) -> None:
     model = opened(tiny_model("llama", dtype="bfloat16"))
-    assert export(model, tmp_path / "out").lossless
+    assert export("gguf", model).lossless
     assert set(types(tmp_path / "out").values()) == {"f32", "bf16"}
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
-    halves = export(model, tmp_path / "halves", type="f16", embeddings="f16")
+    halves = export("gguf", model, out="halves", type="f16", embeddings="f16")
     assert not halves.lossless and set(types(tmp_path / "halves").values()) == {"f32", "f16"}  # bfloat16 has smaller numbers
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in TYPES.values() if kind.dtype is None])
 def test_dense_linears_are_rounded_to_a_stated_type(
-    name: str, tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf
+    export: Export, name: str, tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = opened(tiny_model("llama", **WIDE, initializer_range=0.02))
-    assert not export(model, tmp_path / "out", type=name, embeddings="q8_0").lossless
+    assert not export("gguf", model, type=name, embeddings="q8_0").lossless
     found = types(tmp_path / "out")
     assert (found["blk.0.attn_q.weight"], found["token_embd.weight"], found["output.weight"]) == (name, "q8_0", "q8_0")
     again, theirs = opened(tmp_path / "out"), decoded(tmp_path / "out")
@@ -159,11 +157,11 @@ def test_dense_linears_are_rounded_to_a_stated_type(
 
 
 def test_schemes_that_match_keep_their_codes_beside_a_stated_type(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     schemes = {"q_proj": "w4a16g32", "k_proj": "w3a16g32", "up_proj": "nf4g64", "down_proj": "w6a16g16"}
     model = quantized(tiny_model("llama", **WIDE), schemes)
-    export(model, tmp_path / "out", type="q5_0")
+    export("gguf", model, type="q5_0")
     found = types(tmp_path / "out")
     kinds = [found[f"blk.0.{part}.weight"] for part in ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")]
     assert kinds == ["q4_0", "q5_0", "q5_0", "q5_0", "q5_0"]
@@ -173,17 +171,19 @@ def test_schemes_that_match_keep_their_codes_beside_a_stated_type(
 
 
 @pytest.mark.parametrize("scheme", ["w3a16g128", "nf4g64", "w4a16g16", "w8a16g32-asym", "w4a16g32-ic"])
-def test_schemes_without_a_type_are_refused(scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_schemes_without_a_type_are_refused(
+    export: Export, scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
     model = quantized(tiny_model("llama", **WIDE), scheme)
     with pytest.raises(QtoolError, match=rf"q_proj: {scheme.replace('a16', '.*')}: no type has this grid; .* type: one of f32"):
-        export(model, tmp_path / "out")
+        export("gguf", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_more_than_weights_is_refused(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_more_than_weights_is_refused(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     model = quantized(tiny_model("llama"), "w8a8g32")
     with pytest.raises(QtoolError, match="w8a8g32: llama.cpp rounds activations in its own way; quantize weights alone"):
-        export(model, tmp_path / "out", type="q8_0")
+        export("gguf", model, type="q8_0")
 
 
 def test_columns_that_blocks_do_not_divide_are_refused_before_any_work(tiny_model: TinyModel) -> None:
@@ -195,10 +195,10 @@ def test_columns_that_blocks_do_not_divide_are_refused_before_any_work(tiny_mode
     METHOD.holds(model, dict.fromkeys(blocks, Scheme.model_validate("w4a16")), GgufOptions(type="q4_k"))  # all are q4_0
 
 
-def test_a_tied_head_with_codes_of_its_own_is_refused(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_a_tied_head_with_codes_of_its_own_is_refused(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), {"lm_head": "w8a16g32"})
     with pytest.raises(QtoolError, match="a head that is the embedding has no codes of its own; add it to ignore"):
-        export(model, tmp_path / "out")
+        export("gguf", model)
 
 
 def test_a_tensor_that_the_architecture_lacks_is_refused(tiny_model: TinyModel) -> None:
@@ -207,9 +207,9 @@ def test_a_tensor_that_the_architecture_lacks_is_refused(tiny_model: TinyModel) 
         METHOD.check(model, GgufOptions())
 
 
-def test_the_file_is_what_arithmetic_says(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_file_is_what_arithmetic_says(export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
     model, options = quantized(tiny_model("llama", dtype="bfloat16"), "w4a16g32"), GgufOptions()
-    export(model, tmp_path / "out")
+    export("gguf", model)
     size = (tmp_path / "out" / "model.gguf").stat().st_size
     assert size == file_size(*contents(model, kinds_of(model, model.schemes(), options), options))
     blocks = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128) * 18 // 32  # q4_0: 18 bytes for 32 weights
@@ -218,8 +218,8 @@ def test_the_file_is_what_arithmetic_says(tiny_model: TinyModel, quantized: Quan
     assert size == header + blocks + outer
 
 
-def test_metadata_is_complete(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+def test_metadata_is_complete(export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+    export("gguf", quantized(tiny_model("llama"), "w4a16g32"))
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["GGUF.version"].contents() == 3
     assert fields["general.architecture"].contents() == "llama"
@@ -228,17 +228,21 @@ def test_metadata_is_complete(tiny_model: TinyModel, quantized: Quantized, tmp_p
     assert len(fields["tokenizer.ggml.tokens"].contents()) == fields["llama.vocab_size"].contents() == 4096
 
 
-def test_llama3_positions_bring_their_factors(tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf) -> None:
+def test_llama3_positions_bring_their_factors(
+    export: Export, tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf
+) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = opened(tiny_model("llama", rope_parameters=rope | {"original_max_position_embeddings": 64}))
-    export(model, tmp_path / "out")
+    export("gguf", model)
     factors = decoded(tmp_path / "out")["rope_freqs.weight"]
     assert factors.shape == (8,) and factors[0] == 1 and torch.allclose(factors[-1], torch.tensor(8.0))
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
 
 
-def test_config_and_tokenizer_stand_beside_the_file(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    artifact = export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+def test_config_and_tokenizer_stand_beside_the_file(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    artifact = export("gguf", quantized(tiny_model("llama"), "w4a16g32"))
     assert set(artifact.sha256) == {
         "config.json",
         "generation_config.json",
@@ -250,7 +254,7 @@ def test_config_and_tokenizer_stand_beside_the_file(tiny_model: TinyModel, quant
 
 
 def test_one_block_is_in_memory_at_a_time(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, tiny_model: TinyModel, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = quantized(tiny_model("llama", num_hidden_layers=4), "w4a16g32")
     loaded: list[int] = []
@@ -264,20 +268,25 @@ def test_one_block_is_in_memory_at_a_time(
         return inner(self, index)
 
     monkeypatch.setattr(ModelHandle, "block", block)
-    export(model, tmp_path / "out", embeddings="q8_0")
+    export("gguf", model, embeddings="q8_0")
     assert loaded == [0] * 8  # whenever one is asked for, no other is there, nor the bytes of its wide linears
 
 
 def test_a_full_disk_is_told(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    full_disk: Callable[[], AbstractContextManager[None]],
 ) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
     with full_disk(), pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
-        export(model, tmp_path / "out")
+        export("gguf", model)
 
 
-def test_a_file_of_an_unknown_architecture_is_refused(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+def test_a_file_of_an_unknown_architecture_is_refused(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    export("gguf", quantized(tiny_model("llama"), "w4a16g32"))
     file = tmp_path / "out" / "model.gguf"
     file.write_bytes(file.read_bytes().replace(b"llama", b"lamal", 1))
     with pytest.raises(QtoolError, match="llama.cpp's architecture lamal cannot be read; llama, qwen2"):
@@ -289,10 +298,10 @@ def test_the_types_of_options_are_all_types() -> None:
     assert set(names) == set(TYPES) and {name.upper() for name in names} <= set(GGMLQuantizationType.__members__)
 
 
-def test_scales_beyond_float16_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_scales_beyond_float16_are_refused_by_name(export: Export, tiny_model: TinyModel, tmp_path: Path) -> None:
     name, scheme = "model.layers.0.mlp.up_proj", Scheme.model_validate("w4a16g32")
     large = quantize(1e6 * torch.randn(128, 64, generator=torch.Generator().manual_seed(0)), scheme.weights)
     save_changes(tmp_path / "changes" / "block_000.safetensors", {f"{name}.weight": (large, scheme)})
     model = ModelHandle(ModelOptions(path=str(tiny_model("llama"))), changes=(tmp_path / "changes",))
     with pytest.raises(QtoolError, match=rf"{name}: its scales are beyond float16, up to .*; use export/safetensors"):
-        export(model, tmp_path / "out")
+        export("gguf", model)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from qtool.artifact import Artifact, digest_file
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.methods.export.gptq import METHOD, GptqOptions, gptq
+from qtool.methods.export.gptq import METHOD, GptqOptions
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -27,14 +28,10 @@ Read = Callable[[Path], ModelHandle]
 SCHEMES = [f"w{bits}a16{group}" for bits in (2, 3, 4, 8) for group in ("", "g32")]
 
 
-def export(model: ModelHandle, out: Path, **options: object) -> Artifact:
-    out.mkdir()
-    return gptq(model, out, GptqOptions.model_validate(options))
-
-
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_code_of_symmetric_weights_comes_back(
+    export: Export,
     scheme: str,
     layout: str,
     tiny_model: TinyModel,
@@ -45,13 +42,14 @@ def test_every_code_of_symmetric_weights_comes_back(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
-    assert export(model, tmp_path / "out", checkpoint_format=layout).lossless
+    assert export("gptq", model, checkpoint_format=layout).lossless
     assert config_of(tmp_path / "out")["checkpoint_format"] == layout
     same_codes(read(tmp_path / "out"), model)
 
 
 @pytest.mark.parametrize("scheme", [f"{scheme}-asym" for scheme in SCHEMES])
 def test_every_code_of_asymmetric_weights_comes_back_from_v2(
+    export: Export,
     scheme: str,
     tiny_model: TinyModel,
     quantized: Quantized,
@@ -62,17 +60,17 @@ def test_every_code_of_asymmetric_weights_comes_back_from_v2(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("gptq", model).lossless
     assert config_of(tmp_path / "out")["checkpoint_format"] == "gptq_v2"
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_the_file_holds_five_tensors_a_linear_in_the_shapes_of_the_layout(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model("qwen2", dtype="bfloat16"), "w3a16g32")
-    export(model, tmp_path / "out")
+    export("gptq", model)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         name = "model.layers.1.self_attn.k_proj"  # [32, 64], with a bias
         parts = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in file.keys() if key.startswith(name)}
@@ -86,9 +84,9 @@ def test_the_file_holds_five_tensors_a_linear_in_the_shapes_of_the_layout(
 
 
 def test_the_config_says_what_the_file_holds(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
-    artifact = export(quantized(tiny_model("llama"), "w4a16"), tmp_path / "out")
+    artifact = export("gptq", quantized(tiny_model("llama"), "w4a16"))
     config = config_of(tmp_path / "out")
     assert config == {
         "quant_method": "gptq",
@@ -104,11 +102,17 @@ def test_the_config_says_what_the_file_holds(
 
 
 def test_several_schemes_and_dense_linears_stand_in_dynamic_by_name(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     schemes = {"layers.0.mlp.down_proj": "w3a16", "mlp.*": "w4a16g32", "layers.1.self_attn.[qkv]_proj": "w8a16g64-asym"}
     model = quantized(tiny_model("llama"), schemes)
-    export(model, tmp_path / "out")
+    export("gptq", model)
     config = config_of(tmp_path / "out")
     assert (config["bits"], config["group_size"], config["sym"], config["lm_head"]) == (4, 32, True, False)
     dense = ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj", "0.self_attn.o_proj", "1.self_attn.o_proj"]
@@ -122,6 +126,7 @@ def test_several_schemes_and_dense_linears_stand_in_dynamic_by_name(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox", "falcon"])
 def test_other_families_come_back_too(
+    export: Export,
     family: str,
     tiny_model: TinyModel,
     quantized: Quantized,
@@ -131,12 +136,13 @@ def test_other_families_come_back_too(
     read: Read,
 ) -> None:
     model = quantized(tiny_model(family), "w4a16g32")
-    assert export(model, tmp_path / "out").lossless
+    assert export("gptq", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_a_quantized_head_is_said_to_be_one(
+    export: Export,
     tiny_model: TinyModel,
     quantized: Quantized,
     tmp_path: Path,
@@ -146,7 +152,7 @@ def test_a_quantized_head_is_said_to_be_one(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16g32", "*": "w4a16g32"})
-    export(model, tmp_path / "out")
+    export("gptq", model)
     config = config_of(tmp_path / "out")
     assert config["lm_head"] and config["bits"] == 4
     assert config["dynamic"] == {"+:^lm_head$": {"bits": 8, "group_size": 32, "sym": True}}
@@ -155,20 +161,20 @@ def test_a_quantized_head_is_said_to_be_one(
 
 
 def test_the_head_alone_may_be_quantized(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w4a16g32"})
-    export(model, tmp_path / "out")
+    export("gptq", model)
     config = config_of(tmp_path / "out")
     assert config["lm_head"] and len(config["dynamic"]) == 2 * (7 + 2)  # a minus for each linear and each joined name
     assert read(tmp_path / "out").schemes().keys() == {"lm_head"}
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w4a16g32")
-    export(model, tmp_path / "out")
+    export("gptq", model)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert not [key for key in file.keys() if key.startswith("lm_head")]
         assert file.get_slice("model.embed_tokens.weight").get_shape() == [4096, 64]
@@ -176,19 +182,19 @@ def test_tied_embeddings_are_written_once_and_dense(
 
 
 def test_the_smallest_matrices_that_kernels_take_come_back(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, read: Read
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = quantized(tiny_model("llama", **sizes), "w3a16g16-asym")
-    export(model, tmp_path / "out")
+    export("gptq", model)
     same_codes(read(tmp_path / "out"), model)
 
 
-def test_scales_that_float16_loses_are_reported(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_scales_that_float16_loses_are_reported(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     wide = {"weights": {"bits": 4, "group": 32, "scale_dtype": "float32"}}
-    assert not export(quantized(tiny_model("llama"), wide), tmp_path / "out").lossless
+    assert not export("gptq", quantized(tiny_model("llama"), wide)).lossless
     small = {"weights": {"bits": 4, "group": 32, "scale_dtype": "float16"}}
-    assert export(quantized(tiny_model("llama", name="again"), small), tmp_path / "again-out").lossless
+    assert export("gptq", quantized(tiny_model("llama", name="again"), small), out="again-out").lossless
 
 
 REFUSED = [
@@ -198,8 +204,8 @@ REFUSED = [
     ("llama", "w8a8", {}, r"q_proj: w8a8: this export holds weights alone; quantize to w8, or use export/compressed_tensors"),
     ("llama", "w4a16kv8g32", {}, "this export holds weights alone"),
     ("llama", "w4a16g32-asymf16", {}, "zero points must be codes, as in w4a16g128-asym"),
-    ("llama", "nf4g32", {}, r"q_proj: nf4g32: this export holds whole numbers with plain scales; use export/safetensors"),
-    ("llama", "mxint8", {}, "this export holds whole numbers with plain scales"),
+    ("llama", "nf4g32", {}, r"q_proj: nf4g32: this export holds whole numbers; quantize to w4a16g32"),
+    ("llama", "mxint8", {}, "this export holds plain scales along `in`"),
     ("llama", "w4a16g32-ic", {}, "this export holds plain scales along `in`"),
     ("llama", "w4a16g32-dq", {}, "this export holds plain scales along `in`"),
     ("llama", "w4a16g32-asym", {"checkpoint_format": "gptq"}, r"q_proj: .*: checkpoint_format gptq cannot .*; use gptq_v2"),
@@ -218,6 +224,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "scheme", "options", "message"), REFUSED)
 def test_what_format_or_kernels_cannot_hold_is_refused_before_anything_is_written(
+    export: Export,
     family: str,
     scheme: object,
     options: dict[str, object],
@@ -228,7 +235,7 @@ def test_what_format_or_kernels_cannot_hold_is_refused_before_anything_is_writte
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out", **options)
+        export("gptq", model, **options)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -257,10 +264,10 @@ def test_a_mixture_is_refused_before_any_step(tiny_model: TinyModel) -> None:
         METHOD.check(ModelHandle(ModelOptions(path=str(tiny_model("mixtral")))), GptqOptions())
 
 
-def test_a_scale_beyond_float16_names_its_linear(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_a_scale_beyond_float16_names_its_linear(export: Export, tiny_model: TinyModel, quantized: Quantized) -> None:
     folder, name = tiny_model("llama"), "model.layers.1.mlp.up_proj"
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{name}.weight"] *= 1e7
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(QtoolError, match=rf"export/gptq: {name}: a scale of .* is beyond float16"):
-        export(quantized(folder, "w4a16g32"), tmp_path / "out")
+        export("gptq", quantized(folder, "w4a16g32"))

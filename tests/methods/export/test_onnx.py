@@ -17,10 +17,11 @@ import torch
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.methods.export.onnx import METHOD, OnnxOptions, onnx
+from qtool.methods.export.onnx import METHOD, OnnxOptions
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -28,11 +29,6 @@ SameCodes = Callable[[ModelHandle, ModelHandle], None]
 TOKENS = torch.randint(2, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
 # Both sides compute in float32 and add up in other orders: what remains is a few times 2^-24, times the depth.
 TOLERANCE = 1e-5
-
-
-def export(model: ModelHandle, out: Path, **options: object) -> Artifact:
-    out.mkdir()
-    return onnx(model, out, OnnxOptions.model_validate(options))
 
 
 def opened(folder: Path) -> ModelHandle:
@@ -114,6 +110,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "scheme", "layout", "dtype", "fields"), CASES)
 def test_onnxruntime_computes_the_model_in_memory_and_every_code_comes_back(
+    export: Export,
     family: str,
     scheme: object,
     layout: str,
@@ -126,7 +123,7 @@ def test_onnxruntime_computes_the_model_in_memory_and_every_code_comes_back(
     logits_of: LogitsOf,
 ) -> None:
     model = quantized(tiny_model(family, dtype=dtype, **fields), scheme)
-    assert export(model, tmp_path / "out", layout=layout).lossless
+    assert export("onnx", model, layout=layout).lossless
     package.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
     logits, _ = Session(tmp_path / "out").run(TOKENS)
     assert distance(logits, expected_logits(model)) < TOLERANCE
@@ -144,20 +141,20 @@ def test_onnxruntime_computes_the_model_in_memory_and_every_code_comes_back(
     ],
 )
 def test_positions_are_turned_as_the_models_own_module_does(
-    rope: dict[str, object], tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, rope: dict[str, object], tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     stated = {"rope_theta": 100.0, "original_max_position_embeddings": 16}
     model = quantized(tiny_model("llama", rope_parameters=rope | stated), "w4a16g32")
-    export(model, tmp_path / "out")
+    export("onnx", model)
     assert distance(Session(tmp_path / "out").run(TOKENS)[0], expected_logits(model)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "qdq"), ("mistral", "matmul_nbits"), ("qwen3", "matmul_nbits")])
 def test_64_tokens_from_a_cache_are_those_of_transformers(
-    family: str, layout: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, layout: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model(family, dtype="bfloat16"), "w4a16g32")
-    export(model, tmp_path / "out", layout=layout)
+    export("onnx", model, layout=layout)
     prompt = TOKENS[:, :7]
     theirs = in_float32(model).generate(  # mistral's windows, of 16 tokens, are left behind
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, min_new_tokens=64, do_sample=False
@@ -174,8 +171,10 @@ def test_64_tokens_from_a_cache_are_those_of_transformers(
     assert torch.equal(torch.cat(found, 1), theirs[:, 7:])
 
 
-def test_a_text_in_pieces_gives_the_same_logits(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("mistral"), "w4a16g32"), tmp_path / "out")
+def test_a_text_in_pieces_gives_the_same_logits(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    export("onnx", quantized(tiny_model("mistral"), "w4a16g32"))
     session = Session(tmp_path / "out")
     whole, cache = session.run(TOKENS)
     past, found = None, []
@@ -188,9 +187,9 @@ def test_a_text_in_pieces_gives_the_same_logits(tiny_model: TinyModel, quantized
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_rows_padded_on_the_left_are_what_they_are_alone(
-    family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model(family), "w4a16g32"), tmp_path / "out")
+    export("onnx", quantized(tiny_model(family), "w4a16g32"))
     session, lengths = Session(tmp_path / "out"), (24, 9, 1)
     mask = torch.stack([(torch.arange(24) >= 24 - length).long() for length in lengths])
     tokens = torch.where(mask.bool(), TOKENS[:, :24], 1)
@@ -203,10 +202,10 @@ def test_rows_padded_on_the_left_are_what_they_are_alone(
         assert torch.equal(together[row : row + 1], session.greedy(alone, 20))
 
 
-def test_the_smallest_model_is_held(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
+def test_the_smallest_model_is_held(export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = quantized(tiny_model("llama", **sizes, num_key_value_heads=1, head_dim=2), {"o_proj": "w4a16", "*": "w4a16g16"})
-    export(model, tmp_path / "out")
+    export("onnx", model)
     session = Session(tmp_path / "out")
     one = TOKENS[:1, :1]
     with torch.no_grad():
@@ -214,9 +213,9 @@ def test_the_smallest_model_is_held(tiny_model: TinyModel, quantized: Quantized,
 
 
 def test_inputs_and_outputs_have_the_names_that_runtimes_know(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+    export("onnx", quantized(tiny_model("llama"), "w4a16g32"))
     session = Session(tmp_path / "out").session
     total = "past_sequence_length + sequence_length"
     found = {port.name: (port.type, port.shape) for port in (*session.get_inputs(), *session.get_outputs())}
@@ -241,9 +240,16 @@ def test_inputs_and_outputs_have_the_names_that_runtimes_know(
     ],
 )
 def test_quantized_linears_are_the_operators_of_the_layout(
-    scheme: str, layout: str, ops: dict[str, int], opset: int, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export,
+    scheme: str,
+    layout: str,
+    ops: dict[str, int],
+    opset: int,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
 ) -> None:
-    export(quantized(tiny_model("llama"), scheme), tmp_path / "out", layout=layout)
+    export("onnx", quantized(tiny_model("llama"), scheme), layout=layout)
     model = package.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
     assert {op: kinds.count(op) for op in ops} == ops
@@ -257,10 +263,10 @@ def test_quantized_linears_are_the_operators_of_the_layout(
 
 @pytest.mark.parametrize("scheme", ["w8a16g32", "w2a16g32-asym"])
 def test_inputs_rounded_to_eight_bits_are_asked_for_by_the_node(
-    scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, scheme: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
-    export(model, tmp_path / "out", accuracy_level=4)
+    export("onnx", model, accuracy_level=4)
     graph = package.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert {entry.i for node in nodes for entry in node.attribute if entry.name == "accuracy_level"} == {4}
@@ -270,8 +276,10 @@ def test_inputs_rounded_to_eight_bits_are_asked_for_by_the_node(
         OnnxOptions(layout="qdq", accuracy_level=4)
 
 
-def test_norms_are_a_pattern_that_onnxruntime_knows(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("qwen3", dtype="bfloat16"), "w4a16g32"), tmp_path / "out")
+def test_norms_are_a_pattern_that_onnxruntime_knows(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    export("onnx", quantized(tiny_model("qwen3", dtype="bfloat16"), "w4a16g32"))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -283,9 +291,9 @@ def test_norms_are_a_pattern_that_onnxruntime_knows(tiny_model: TinyModel, quant
 
 
 def test_the_data_file_holds_codes_scales_and_dense_tensors_and_no_more(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model("llama", dtype="bfloat16"), "w4a16g32-asym"), tmp_path / "out")
+    export("onnx", quantized(tiny_model("llama", dtype="bfloat16"), "w4a16g32-asym"))
     weights = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128)
     outer = 2 * 4096 * 64 * 2 + 5 * 64 * 2
     linears = weights // 2 + weights // 32 * 4 + weights // 64  # two groups' zero points in a byte
@@ -295,17 +303,19 @@ def test_the_data_file_holds_codes_scales_and_dense_tensors_and_no_more(
 
 @pytest.mark.parametrize("scheme", ["mxint8", {"weights": {"bits": 4, "group": 16, "scale_dtype": "float8_e4m3fn"}}])
 def test_scales_of_eight_bits_are_held_too(
-    scheme: object, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
+    export: Export, scheme: object, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf
 ) -> None:
     model = quantized(tiny_model("llama", dtype="bfloat16"), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("onnx", model).lossless
     assert torch.equal(logits_of(opened(tmp_path / "out")), logits_of(model))
     assert distance(Session(tmp_path / "out").run(TOKENS)[0], expected_logits(model)) < TOLERANCE
 
 
-def test_what_is_read_can_be_exported_again(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("qwen2"), "w4a16g32-asym"), tmp_path / "out", layout="qdq")
-    export(opened(tmp_path / "out"), tmp_path / "again", layout="qdq")
+def test_what_is_read_can_be_exported_again(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    export("onnx", quantized(tiny_model("qwen2"), "w4a16g32-asym"), layout="qdq")
+    export("onnx", opened(tmp_path / "out"), out="again", layout="qdq")
     first, second = ((tmp_path / folder / "model.onnx.data").read_bytes() for folder in ("out", "again"))
     assert first == second
 
@@ -313,22 +323,22 @@ def test_what_is_read_can_be_exported_again(tiny_model: TinyModel, quantized: Qu
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ("w3a16g32", "q_proj: w3a16g32: kernels take 2, 4 or 8 bits; quantize so, or use export/compressed_tensors"),
+        ("w3a16g32", "q_proj: w3a16g32: kernels take 2 or 4 or 8 bits; quantize so, or use export/compressed_tensors"),
         ("nf4g64", "this export holds whole numbers; quantize to w4a16g32, or use export/safetensors"),
-        ("w4a16g8", "kernels take groups of 16, 32, 64, 128, 256 or a whole row; quantize so, or use export/safetensors"),
-        ("w4a16g32-asymf16", "zero points must be codes, as in w4a16g128-asym; use that, or export/safetensors"),
+        ("w4a16g8", "kernels take groups of 16, 32, 64, 128, 256 or a whole row; quantize so"),
+        ("w4a16g32-asymf16", "zero points must be codes, as in w4a16g128-asym; quantize so, or use export/safetensors"),
         ("w4a16g32-ic", "this export holds plain scales along `in`"),
         ("w4a16g32-dq", "this export holds plain scales along `in`"),
-        ("w8a8", "weights alone can be held; quantize to w8, or use export/compressed_tensors"),
-        ("w8a16kv8", "weights alone can be held"),
+        ("w8a8", "this export holds weights alone; quantize to w8, or use export/compressed_tensors"),
+        ("w8a16kv8", "this export holds weights alone"),
     ],
 )
 def test_schemes_that_operators_do_not_decode_are_refused_before_anything_is_written(
-    scheme: str, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, scheme: str, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model("llama"), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out")
+        export("onnx", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -368,8 +378,10 @@ def test_without_the_package_the_plan_says_how_to_get_it(tiny_model: TinyModel, 
         METHOD.check(opened(tiny_model("llama")), OnnxOptions())
 
 
-def test_config_and_tokenizer_stand_beside_the_graph(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    artifact = export(quantized(tiny_model("llama"), "w4a16g32"), tmp_path / "out")
+def test_config_and_tokenizer_stand_beside_the_graph(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    artifact = export("onnx", quantized(tiny_model("llama"), "w4a16g32"))
     assert set(artifact.sha256) == {
         "config.json",
         "generation_config.json",
@@ -382,7 +394,7 @@ def test_config_and_tokenizer_stand_beside_the_graph(tiny_model: TinyModel, quan
 
 
 def test_one_block_is_in_memory_at_a_time(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, tiny_model: TinyModel, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = quantized(tiny_model("llama", num_hidden_layers=4), "w4a16g32")
     left: list[int] = []
@@ -396,13 +408,16 @@ def test_one_block_is_in_memory_at_a_time(
         return inner(self, index)
 
     monkeypatch.setattr(ModelHandle, "block", block)
-    export(model, tmp_path / "out")
+    export("onnx", model)
     assert left == [0] * 4  # whenever one is asked for, no other is there, nor the bytes of its wide linears
 
 
 def test_a_full_disk_is_told(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    full_disk: Callable[[], AbstractContextManager[None]],
 ) -> None:
     model = quantized(tiny_model("llama"), "w4a16g32")
     with full_disk(), pytest.raises(QtoolError, match="out: cannot write: .*; free space or choose another --out"):
-        export(model, tmp_path / "out")
+        export("onnx", model)

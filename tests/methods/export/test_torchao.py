@@ -13,11 +13,12 @@ from safetensors import safe_open
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
-from qtool.methods.export import torchao as module
-from qtool.methods.export.torchao import METHOD, TorchaoOptions, torchao
+from qtool.methods.export.torchao import METHOD, TorchaoOptions
+from qtool.model import writer
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
+Export = Callable[..., Artifact]
 Quantized = Callable[..., ModelHandle]
 TinyModel = Callable[..., Path]
 LogitsOf = Callable[[ModelHandle], torch.Tensor]
@@ -25,11 +26,6 @@ SameCodes = Callable[[ModelHandle, ModelHandle], None]
 ConfigOf = Callable[[Path], dict[str, Any]]
 Read = Callable[[Path], ModelHandle]
 NAME = "model.layers.1.self_attn.k_proj"  # [32, 64]
-
-
-def export(model: ModelHandle, out: Path) -> Artifact:
-    out.mkdir()
-    return torchao(model, out, TorchaoOptions())
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -40,6 +36,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a16g32", "w8a8"])
 def test_every_code_comes_back(
+    export: Export,
     scheme: str,
     dtype: str,
     tiny_model: TinyModel,
@@ -50,13 +47,15 @@ def test_every_code_comes_back(
     read: Read,
 ) -> None:
     model = quantized(tiny_model("llama", dtype=dtype), scheme)
-    assert export(model, tmp_path / "out").lossless
+    assert export("torchao", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
-def test_the_file_holds_three_tensors_a_linear(tiny_model: TinyModel, quantized: Quantized, tmp_path: Path) -> None:
-    export(quantized(tiny_model("qwen2", dtype="bfloat16"), "w8a16g32"), tmp_path / "out")
+def test_the_file_holds_three_tensors_a_linear(
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    export("torchao", quantized(tiny_model("qwen2", dtype="bfloat16"), "w8a16g32"))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         parts = {key.removeprefix(f"{NAME}."): file.get_tensor(key) for key in file.keys() if key.startswith(NAME)}
     assert {key: (str(part.dtype), tuple(part.shape)) for key, part in parts.items()} == {
@@ -70,9 +69,9 @@ def test_the_file_holds_three_tensors_a_linear(tiny_model: TinyModel, quantized:
 
 @pytest.mark.parametrize(("scheme", "columns"), [("w8a16", 64), ("w8a16g32", 32)])
 def test_the_metadata_tells_class_and_fields_of_each_tensor(
-    scheme: str, columns: int, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, scheme: str, columns: int, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
-    export(quantized(tiny_model("llama", dtype="bfloat16"), scheme), tmp_path / "out")
+    export("torchao", quantized(tiny_model("llama", dtype="bfloat16"), scheme))
     metadata = metadata_of(tmp_path / "out" / "model.safetensors")
     assert metadata[f"{NAME}.weight"] == {
         "_type": "Int8Tensor",
@@ -90,6 +89,7 @@ def test_the_metadata_tells_class_and_fields_of_each_tensor(
 
 
 def test_each_files_metadata_names_what_the_files_before_it_hold_too(
+    export: Export,
     tiny_model: TinyModel,
     quantized: Quantized,
     tmp_path: Path,
@@ -97,9 +97,9 @@ def test_each_files_metadata_names_what_the_files_before_it_hold_too(
     same_codes: SameCodes,
     read: Read,
 ) -> None:
-    monkeypatch.setattr(module, "write_checkpoint", functools.partial(module.write_checkpoint, shard_bytes=10_000))
+    monkeypatch.setattr(writer, "write_checkpoint", functools.partial(writer.write_checkpoint, shard_bytes=10_000))
     model = quantized(tiny_model("llama"), "w8a16")
-    export(model, tmp_path / "out")
+    export("torchao", model)
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     found = [metadata_of(path)["tensor_names"] for path in files]
     assert len(files) == 3 and all(len(a) < len(b) and b[: len(a)] == a for a, b in zip(found, found[1:], strict=False))
@@ -108,9 +108,9 @@ def test_each_files_metadata_names_what_the_files_before_it_hold_too(
 
 
 def test_the_config_is_that_of_torchao(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, config_of: ConfigOf
 ) -> None:
-    export(quantized(tiny_model("llama"), "w8a8"), tmp_path / "w8a8")
+    export("torchao", quantized(tiny_model("llama"), "w8a8"), out="w8a8")
     row = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
     fields = {
         "granularity": row,
@@ -126,7 +126,7 @@ def test_the_config_is_that_of_torchao(
     }
     rule = metadata_of(tmp_path / "w8a8" / "model.safetensors")[f"{NAME}.weight"]["_data"]["act_quant_kwargs"]
     assert rule["_data"]["granularity"] == {"_type": "PerRow", "_data": {"dim": -1}}
-    export(quantized(tiny_model("llama", name="other"), "w8a16g32"), tmp_path / "groups")
+    export("torchao", quantized(tiny_model("llama", name="other"), "w8a16g32"), out="groups")
     groups = {"_data": {"group_size": 32}, "_type": "PerGroup", "_version": 1}
     assert config_of(tmp_path / "groups")["quant_type"] == {
         "default": {
@@ -139,6 +139,7 @@ def test_the_config_is_that_of_torchao(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt_neox"])
 def test_other_families_come_back_too(
+    export: Export,
     family: str,
     tiny_model: TinyModel,
     quantized: Quantized,
@@ -148,26 +149,32 @@ def test_other_families_come_back_too(
     read: Read,
 ) -> None:
     model = quantized(tiny_model(family), "w8a16")
-    assert export(model, tmp_path / "out").lossless
+    assert export("torchao", model).lossless
     same_codes(read(tmp_path / "out"), model)
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
 
 def test_a_dense_block_and_a_quantized_head_go_together(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, same_codes: SameCodes, config_of: ConfigOf, read: Read
+    export: Export,
+    tiny_model: TinyModel,
+    quantized: Quantized,
+    tmp_path: Path,
+    same_codes: SameCodes,
+    config_of: ConfigOf,
+    read: Read,
 ) -> None:
     model = quantized(tiny_model("llama"), {"lm_head": "w8a16", "layers.1.*": "w8a16"})
-    export(model, tmp_path / "out")
+    export("torchao", model)
     dense = config_of(tmp_path / "out")["modules_to_not_convert"]
     assert len(dense) == 7 and all(name.startswith("model.layers.0.") for name in dense)
     same_codes(read(tmp_path / "out"), model)
 
 
 def test_tied_embeddings_are_written_once_and_dense(
-    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
+    export: Export, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path, logits_of: LogitsOf, read: Read
 ) -> None:
     model = quantized(tiny_model("llama", tie_word_embeddings=True), "w8a16")
-    export(model, tmp_path / "out")
+    export("torchao", model)
     assert not [key for key in metadata_of(tmp_path / "out" / "model.safetensors") if key.startswith("lm_head")]
     assert torch.equal(logits_of(read(tmp_path / "out")), logits_of(model))
 
@@ -192,11 +199,11 @@ def test_tied_embeddings_are_written_once_and_dense(
     ],
 )
 def test_what_torchao_cannot_hold_is_refused_before_anything_is_written(
-    family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+    export: Export, family: str, scheme: object, message: str, tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
 ) -> None:
     model = quantized(tiny_model(family), scheme)
     with pytest.raises(QtoolError, match=message):
-        export(model, tmp_path / "out")
+        export("torchao", model)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qtool import registry
+from qtool.artifact import Artifact
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
@@ -16,14 +16,13 @@ Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture
-def export(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Callable[..., Path]:
-    """`export("gptq", "w4a16g32", checkpoint_format="gptq")`: the folder of a tiny Llama in that scheme."""
+def exported(
+    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], export: Callable[..., Artifact]
+) -> Callable[..., Path]:
+    """`exported("gptq", "w4a16g32", checkpoint_format="gptq")`: the folder of a tiny Llama in that scheme."""
 
     def build(name: str, scheme: object, **options: object) -> Path:
-        method, out = registry.load(f"export/{name}"), tmp_path / name
-        out.mkdir()
-        method.run(quantized(tiny_model("llama"), scheme), out, method.options.model_validate(options))
-        return out
+        return export(name, quantized(tiny_model("llama"), scheme), out=name, **options).path
 
     return build
 

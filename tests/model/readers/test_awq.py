@@ -9,7 +9,6 @@ import torch
 
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.export.awq import AwqOptions, awq
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
@@ -19,14 +18,11 @@ ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
 @pytest.fixture
-def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Path:
-    out = tmp_path / "awq"
-    out.mkdir()
-    awq(quantized(tiny_model("llama"), "w4a16g32-asym"), out, AwqOptions())
-    return out
+def packed(exported: Callable[..., Path]) -> Path:
+    return exported("awq", "w4a16g32-asym")
 
 
-def test_weights_made_nibble_by_nibble_are_read(exported: Path, change_tensors: ChangeFile) -> None:
+def test_weights_made_nibble_by_nibble_are_read(packed: Path, change_tensors: ChangeFile) -> None:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     codes = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [in, out]
     zeros = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(1)).tolist()  # [groups, out]
@@ -41,7 +37,7 @@ def test_weights_made_nibble_by_nibble_are_read(exported: Path, change_tensors: 
             tensors[f"{NAME}.{part}"] = torch.tensor(words, dtype=torch.int32)
         tensors[f"{NAME}.scales"] = torch.full((2, 64), 0.5, dtype=torch.float16)
 
-    layer = change_tensors(exported, change).block(0).get(NAME)
+    layer = change_tensors(packed, change).block(0).get(NAME)
     assert isinstance(layer, QuantLinear)
     W = [[0.5 * (codes[i][o] - zeros[i // 32][o]) for i in range(64)] for o in range(64)]  # [out, in]
     assert layer.weight_values(torch.float32).tolist() == W
@@ -56,9 +52,9 @@ def test_weights_made_nibble_by_nibble_are_read(exported: Path, change_tensors: 
         lambda config: config.update(format=config.pop("version"), zero_point=False),
     ],
 )
-def test_configs_as_others_write_them_are_read(change: Change, exported: Path, change_config: ChangeFile) -> None:
-    expected = ModelHandle(ModelOptions(path=str(exported))).block(0).get(NAME)
-    found = change_config(exported, change).block(0).get(NAME)
+def test_configs_as_others_write_them_are_read(change: Change, packed: Path, change_config: ChangeFile) -> None:
+    expected = ModelHandle(ModelOptions(path=str(packed))).block(0).get(NAME)
+    found = change_config(packed, change).block(0).get(NAME)
     assert isinstance(expected, QuantLinear) and isinstance(found, QuantLinear)
     assert torch.equal(found.qt.codes, expected.qt.codes) and found.scheme == expected.scheme
 
@@ -72,8 +68,8 @@ def test_configs_as_others_write_them_are_read(change: Change, exported: Path, c
         (lambda c: c.update(quant_method="gptq", sym=False), "q_proj: qweight is torch.int32 .*, must be"),
     ],
 )
-def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Path, change_config: ChangeFile) -> None:
-    model = change_config(exported, change)
+def test_what_it_cannot_decode_is_refused(change: Change, message: str, packed: Path, change_config: ChangeFile) -> None:
+    model = change_config(packed, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -90,8 +86,8 @@ def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(
-    change: Change, message: str, exported: Path, change_tensors: ChangeFile
+    change: Change, message: str, packed: Path, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(exported, change)
+    model = change_tensors(packed, change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.export.bitsandbytes import BitsandbytesOptions, bitsandbytes
-from qtool.methods.export.safetensors import SafetensorsOptions, safetensors
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
@@ -22,19 +21,6 @@ STATE = f"{NAME}.weight.quant_state.bitsandbytes__nf4"
 Change = Callable[[dict[str, Any]], object]
 Export = Callable[[str], Path]
 ChangeFile = Callable[[Path, Change], ModelHandle]
-
-
-@pytest.fixture
-def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Export:
-    """`exported("nf4g32")`: a bitsandbytes checkpoint of a tiny Llama."""
-
-    def build(scheme: str) -> Path:
-        out = tmp_path / "bitsandbytes"
-        out.mkdir()
-        bitsandbytes(quantized(tiny_model("llama"), scheme), out, BitsandbytesOptions())
-        return out
-
-    return build
 
 
 def change_state(tensors: dict[str, Any], **fields: object) -> None:
@@ -56,14 +42,14 @@ def test_weights_made_number_by_number_are_read(exported: Export, change_tensors
         tensors[f"{NAME}.weight"] = torch.tensor(bytes_, dtype=torch.uint8).view(-1, 1)
         tensors[f"{NAME}.weight.absmax"] = torch.tensor([0.5, 2.0] * 64)  # two blocks of 32 in a row
 
-    layer = change_tensors(exported("nf4g32"), change).block(0).get(NAME)
+    layer = change_tensors(exported("bitsandbytes", "nf4g32"), change).block(0).get(NAME)
     assert isinstance(layer, QuantLinear) and str(layer.scheme) == "nf4g32"
     W = [[levels[codes[o][i]] * (0.5 if i < 32 else 2.0) for i in range(64)] for o in range(64)]  # powers of two: exact
     assert layer.weight_values(torch.float32).tolist() == W
 
 
 def test_scales_quantized_by_the_table_of_bitsandbytes_are_read(exported: Export, change_tensors: ChangeFile) -> None:
-    folder = exported("nf4g32-dq")
+    folder = exported("bitsandbytes", "nf4g32-dq")
     table = torch.linspace(-1, 1, 256).pow(3)
     c = torch.randint(0, 256, (128,), generator=torch.Generator().manual_seed(0))
 
@@ -91,19 +77,21 @@ def test_scales_quantized_by_the_table_of_bitsandbytes_are_read(exported: Export
     ],
 )
 def test_configs_as_others_write_them_are_read(change: Change, exported: Export, change_config: ChangeFile) -> None:
-    folder = exported("nf4g32")
+    folder = exported("bitsandbytes", "nf4g32")
     expected = layers(ModelHandle(ModelOptions(path=str(folder))))
     found = layers(change_config(folder, change))
     assert expected and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_rows_without_a_format_are_read(exported: Export, change_tensors: ChangeFile) -> None:
-    model = change_tensors(exported("w8a16"), lambda t: [t.pop(name) for name in [*t] if name.endswith("weight_format")])
+    model = change_tensors(
+        exported("bitsandbytes", "w8a16"), lambda t: [t.pop(name) for name in [*t] if name.endswith("weight_format")]
+    )
     assert isinstance(model.block(0).get(NAME), QuantLinear)
 
 
 def test_codes_that_are_not_kept_in_bytes_are_refused(exported: Export, change_config: ChangeFile) -> None:
-    model = change_config(exported("nf4g32"), lambda config: config.update(bnb_4bit_quant_storage="bfloat16"))
+    model = change_config(exported("bitsandbytes", "nf4g32"), lambda config: config.update(bnb_4bit_quant_storage="bfloat16"))
     with pytest.raises(QtoolError, match=r"codes kept as bfloat16 \(bnb_4bit_quant_storage\) cannot be read, uint8 can"):
         model.block(0)
 
@@ -123,7 +111,7 @@ def test_codes_that_are_not_kept_in_bytes_are_refused(exported: Export, change_c
 def test_a_file_that_contradicts_itself_is_refused(
     scheme: str, change: Change, message: str, exported: Export, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(exported(scheme), change)
+    model = change_tensors(exported("bitsandbytes", scheme), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -143,10 +131,8 @@ def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Pa
 
 
 @pytest.mark.parametrize("scheme", ["nf4g32-dq", "w8a16"])
-def test_a_dense_export_holds_nothing_of_the_layout(scheme: str, exported: Export, tmp_path: Path) -> None:
-    model = ModelHandle(ModelOptions(path=str(exported(scheme))))
-    (tmp_path / "dense").mkdir()
-    safetensors(model, tmp_path / "dense", SafetensorsOptions())
-    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+def test_a_dense_export_holds_nothing_of_the_layout(scheme: str, exported: Export, export: Callable[..., Artifact]) -> None:
+    model = ModelHandle(ModelOptions(path=str(exported("bitsandbytes", scheme))))
+    tensors = load_file(export("safetensors", model).path / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert not [name for name in tensors if name.rsplit(".", 1)[-1] not in ("weight", "bias")]

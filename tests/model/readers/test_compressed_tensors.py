@@ -19,13 +19,13 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.packing import pack_int32, unpack_int32
 from qtool.formats.scheme import WeightScheme
 from qtool.formats.tensor import to_groups
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.export.compressed_tensors import CompressedTensorsOptions, compressed_tensors
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
@@ -173,11 +173,8 @@ def test_words_are_packed_as_the_library_packs_them(bits: int, columns: int) -> 
 
 
 @pytest.fixture
-def packed(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Path:
-    out = tmp_path / "packed"
-    out.mkdir()
-    compressed_tensors(quantized(tiny_model("llama"), "w4a16g32"), out, CompressedTensorsOptions())
-    return out
+def packed(exported: Callable[..., Path]) -> Path:
+    return exported("compressed_tensors", "w4a16g32")
 
 
 @pytest.mark.parametrize(
@@ -268,11 +265,12 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_the_class(packed: Pat
 
 
 def test_halves_of_an_expert_must_be_stored_alike(
-    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path, change_config: ChangeFile
+    tiny_model: Callable[..., Path],
+    quantized: Callable[..., ModelHandle],
+    export: Callable[..., Artifact],
+    change_config: ChangeFile,
 ) -> None:
-    out = tmp_path / "packed"
-    out.mkdir()
-    compressed_tensors(quantized(tiny_model("mixtral"), {"experts.*": "w4a16g32"}), out, CompressedTensorsOptions())
+    out = export("compressed_tensors", quantized(tiny_model("mixtral"), {"experts.*": "w4a16g32"})).path
 
     def change(config: dict[str, Any]) -> None:
         group = config["config_groups"]["group_0"]

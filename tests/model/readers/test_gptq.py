@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.artifact import Artifact
 from qtool.errors import QtoolError
 from qtool.formats.packing import pack_int32, unpack_int32
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.export.gptq import GptqOptions, gptq
-from qtool.methods.export.safetensors import SafetensorsOptions, safetensors
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
@@ -23,19 +22,6 @@ Export = Callable[..., Path]
 ChangeFile = Callable[[Path, Change], ModelHandle]
 
 
-@pytest.fixture
-def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Export:
-    """`exported("w4a16g32")`: a GPTQ checkpoint of a tiny Llama."""
-
-    def build(scheme: object, **options: object) -> Path:
-        out = tmp_path / "gptq"
-        out.mkdir()
-        gptq(quantized(tiny_model("llama"), scheme), out, GptqOptions.model_validate(options))
-        return out
-
-    return build
-
-
 def layers(model: ModelHandle) -> dict[str, torch.Tensor]:
     return {name: weight_of(layer) for block in model.blocks() for name, layer in block.linears().items()}
 
@@ -44,7 +30,7 @@ def layers(model: ModelHandle) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_of_either_format_decodes_to_the_same_weights(
     bits: int, exported: Export, change_config: ChangeFile, change_tensors: ChangeFile
 ) -> None:
-    folder = exported(f"w{bits}a16g32-asym")
+    folder = exported("gptq", f"w{bits}a16g32-asym")
 
     def to_v1(tensors: dict[str, Any]) -> None:
         for name in tensors:
@@ -71,20 +57,20 @@ def test_a_checkpoint_of_either_format_decodes_to_the_same_weights(
     ],
 )
 def test_configs_as_others_write_them_are_read(change: Change, exported: Export, change_config: ChangeFile) -> None:
-    folder = exported("w4a16g32")
+    folder = exported("gptq", "w4a16g32")
     expected = layers(ModelHandle(ModelOptions(path=str(folder))))
     found = layers(change_config(folder, change))
     assert expected and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_g_idx_may_be_left_out(exported: Export, change_tensors: ChangeFile) -> None:
-    folder = exported("w4a16g32")
+    folder = exported("gptq", "w4a16g32")
     model = change_tensors(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("g_idx")])
     assert isinstance(model.block(0).get(NAME), QuantLinear)
 
 
 def test_the_first_pattern_that_fits_counts_and_minus_goes_before_plus(exported: Export, change_config: ChangeFile) -> None:
-    folder = exported({"self_attn.*": "w8a16g32", "mlp.*": "w4a16g32"})
+    folder = exported("gptq", {"self_attn.*": "w8a16g32", "mlp.*": "w4a16g32"})
 
     def change(config: dict[str, Any]) -> None:
         wide = {"bits": 8, "group_size": 32}
@@ -124,7 +110,7 @@ def test_the_first_pattern_that_fits_counts_and_minus_goes_before_plus(exported:
     ],
 )
 def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported: Export, change_config: ChangeFile) -> None:
-    model = change_config(exported("w4a16g32"), change)
+    model = change_config(exported("gptq", "w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -142,7 +128,7 @@ def test_what_it_cannot_decode_is_refused(change: Change, message: str, exported
 def test_a_file_that_contradicts_itself_is_refused(
     change: Change, message: str, exported: Export, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(exported("w4a16g32"), change)
+    model = change_tensors(exported("gptq", "w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -150,7 +136,7 @@ def test_a_file_that_contradicts_itself_is_refused(
 def test_a_zero_point_of_0_is_read_from_the_older_format_where_gptqmodel_wrote_it(
     exported: Export, change_config: ChangeFile, change_tensors: ChangeFile
 ) -> None:
-    folder = exported("w4a16g32-asym")
+    folder = exported("gptq", "w4a16g32-asym")
     change_tensors(folder, lambda tensors: tensors[f"{NAME}.qzeros"].fill_(-1))
     model = change_config(folder, lambda config: config.update(checkpoint_format="gptq"))
     with pytest.raises(QtoolError, match="q_proj: a zero point of 0, which checkpoint format gptq cannot tell"):
@@ -174,8 +160,7 @@ def test_experts_in_this_layout_are_refused_by_name(tiny_model: Callable[..., Pa
         ModelHandle(ModelOptions(path=str(folder))).block(0)
 
 
-def test_a_dense_export_leaves_no_word_of_the_quantized_checkpoint(exported: Export, tmp_path: Path) -> None:
-    folder = exported("w4a16g32")
-    (tmp_path / "dense").mkdir()
-    safetensors(ModelHandle(ModelOptions(path=str(folder))), tmp_path / "dense", SafetensorsOptions())
-    assert (folder / "quantize_config.json").is_file() and not (tmp_path / "dense" / "quantize_config.json").exists()
+def test_a_dense_export_leaves_no_word_of_the_quantized_checkpoint(exported: Export, export: Callable[..., Artifact]) -> None:
+    folder = exported("gptq", "w4a16g32")
+    dense = export("safetensors", ModelHandle(ModelOptions(path=str(folder)))).path
+    assert (folder / "quantize_config.json").is_file() and not (dense / "quantize_config.json").exists()

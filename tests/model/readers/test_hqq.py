@@ -17,7 +17,7 @@ ChangeFile = Callable[[Path, Change], ModelHandle]
 Export = Callable[..., Path]
 
 
-def test_weights_made_nibble_by_nibble_are_read(export: Export, change_tensors: ChangeFile) -> None:
+def test_weights_made_nibble_by_nibble_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     codes = torch.randint(0, 16, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [out, in]
     rows = [row[start : start + 32] for row in codes for start in (0, 32)]  # [out groups, group]
     zeros = [[group / 8] for group in range(128)]
@@ -28,14 +28,14 @@ def test_weights_made_nibble_by_nibble_are_read(export: Export, change_tensors: 
         tensors[f"{NAME}.scale"] = torch.full((128, 1), 0.5, dtype=torch.bfloat16)
         tensors[f"{NAME}.zero"] = torch.tensor(zeros, dtype=torch.bfloat16)
 
-    layer = change_tensors(export("hqq", "w4a16g32"), change).block(0).get(NAME)
+    layer = change_tensors(exported("hqq", "w4a16g32"), change).block(0).get(NAME)
     assert isinstance(layer, QuantLinear) and str(layer.scheme) == "w4g32-asymf16"
     W = [[0.5 * (codes[o][i] - zeros[2 * o + i // 32][0]) for i in range(64)] for o in range(64)]  # [out, in]
     assert layer.weight_values(torch.float32).tolist() == W
 
 
-def test_nothing_of_the_config_but_the_method_counts(export: Export, change_config: ChangeFile) -> None:
-    folder = export("hqq", "w3a16g32-asym")
+def test_nothing_of_the_config_but_the_method_counts(exported: Export, change_config: ChangeFile) -> None:
+    folder = exported("hqq", "w3a16g32-asym")
     model = change_config(folder, lambda config: [config.pop(key) for key in ("quant_config", "skip_modules")])
     assert {str(scheme) for scheme in model.schemes().values()} == {"w3a16g32-asym"}
     assert isinstance(model.block(0).get(NAME), QuantLinear)
@@ -51,8 +51,8 @@ def test_nothing_of_the_config_but_the_method_counts(export: Export, change_conf
     ],
 )
 def test_a_file_that_cannot_be_decoded_is_refused(
-    change: Change, message: str, export: Export, change_tensors: ChangeFile
+    change: Change, message: str, exported: Export, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(export("hqq", "w4a16g32"), change)
+    model = change_tensors(exported("hqq", "w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)

@@ -17,7 +17,7 @@ ChangeFile = Callable[[Path, Change], ModelHandle]
 Export = Callable[..., Path]
 
 
-def test_weights_made_bit_by_bit_are_read(export: Export, change_tensors: ChangeFile) -> None:
+def test_weights_made_bit_by_bit_are_read(exported: Export, change_tensors: ChangeFile) -> None:
     codes = torch.randint(0, 8, (64, 64), generator=torch.Generator().manual_seed(0)).tolist()  # [out, in]
     biases = [[float(o), -float(o)] for o in range(64)]
 
@@ -28,19 +28,19 @@ def test_weights_made_bit_by_bit_are_read(export: Export, change_tensors: Change
         tensors[f"{NAME}.scales"] = torch.full((64, 2), 0.5, dtype=torch.bfloat16)
         tensors[f"{NAME}.biases"] = torch.tensor(biases, dtype=torch.bfloat16)
 
-    layer = change_tensors(export("mlx", "w3a16g32"), change).block(0).get(NAME)
+    layer = change_tensors(exported("mlx", "w3a16g32"), change).block(0).get(NAME)
     assert isinstance(layer, QuantLinear) and str(layer.scheme) == "w3g32-asymf16"
     W = [[0.5 * codes[o][i] + biases[o][i // 32] for i in range(64)] for o in range(64)]
     assert layer.weight_values(torch.float32).tolist() == W
 
 
-def test_a_mode_that_is_left_out_is_affine(export: Export, change_config: ChangeFile) -> None:
-    model = change_config(export("mlx", "w4a16g32"), lambda config: config.pop("mode"))
+def test_a_mode_that_is_left_out_is_affine(exported: Export, change_config: ChangeFile) -> None:
+    model = change_config(exported("mlx", "w4a16g32"), lambda config: config.pop("mode"))
     assert {str(scheme) for scheme in model.schemes().values()} == {"w4a16g32"}
 
 
-def test_a_name_under_which_false_stands_is_dense(export: Export, change_config: ChangeFile) -> None:
-    model = change_config(export("mlx", {"mlp.*": "w4a16g32"}), lambda config: config.update({NAME: False}))
+def test_a_name_under_which_false_stands_is_dense(exported: Export, change_config: ChangeFile) -> None:
+    model = change_config(exported("mlx", {"mlp.*": "w4a16g32"}), lambda config: config.update({NAME: False}))
     assert NAME not in model.schemes() and not isinstance(model.block(0).get(NAME), QuantLinear)
 
 
@@ -54,9 +54,9 @@ def test_a_name_under_which_false_stands_is_dense(export: Export, change_config:
     ],
 )
 def test_a_config_that_does_not_describe_the_file_is_refused(
-    change: Change, message: str, export: Export, change_config: ChangeFile
+    change: Change, message: str, exported: Export, change_config: ChangeFile
 ) -> None:
-    model = change_config(export("mlx", "w4a16g32"), change)
+    model = change_config(exported("mlx", "w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -73,8 +73,8 @@ def test_a_config_that_does_not_describe_the_file_is_refused(
     ],
 )
 def test_a_file_that_cannot_be_decoded_is_refused(
-    change: Change, message: str, export: Export, change_tensors: ChangeFile
+    change: Change, message: str, exported: Export, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(export("mlx", "w4a16g32"), change)
+    model = change_tensors(exported("mlx", "w4a16g32"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)

@@ -95,8 +95,8 @@ def test_a_version_that_is_not_known_is_refused(version: object, message: str) -
             ask(None, "x", config)  # before it looks into the checkpoint
 
 
-def test_a_file_that_lacks_or_contradicts_a_linear_is_refused(export: Export, change_tensors: ChangeFile) -> None:
-    folder, name = export("qtool", {"*q_proj": "w4a16g32-asym"}), "model.layers.0.self_attn.q_proj"
+def test_a_file_that_lacks_or_contradicts_a_linear_is_refused(exported: Export, change_tensors: ChangeFile) -> None:
+    folder, name = exported("qtool", {"*q_proj": "w4a16g32-asym"}), "model.layers.0.self_attn.q_proj"
 
     def narrow(tensors: dict[str, Any]) -> None:
         key = f"{name}.weight::facts"

@@ -10,7 +10,6 @@ import torch
 
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.export.torchao import TorchaoOptions, torchao
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
@@ -18,19 +17,6 @@ NAME = "model.layers.0.self_attn.q_proj"
 Change = Callable[[dict[str, Any]], object]
 Export = Callable[[str], Path]
 ChangeFile = Callable[[Path, Change], ModelHandle]
-
-
-@pytest.fixture
-def exported(tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle], tmp_path: Path) -> Export:
-    """`exported("w8a16")`: a torchao checkpoint of a tiny Llama."""
-
-    def build(scheme: str) -> Path:
-        out = tmp_path / "torchao"
-        out.mkdir()
-        torchao(quantized(tiny_model("llama"), scheme), out, TorchaoOptions())
-        return out
-
-    return build
 
 
 def change_config(folder: Path, change: Change) -> ModelHandle:
@@ -49,14 +35,14 @@ def test_weights_made_number_by_number_are_read(exported: Export, change_tensors
         tensors[f"{NAME}._weight_scale"] = torch.tensor([[0.5, 2.0]] * 64, dtype=torch.bfloat16)
         del tensors[f"{NAME}._weight_zero_point"]
 
-    layer = change_tensors(exported("w8a16g32"), change).block(0).get(NAME)
+    layer = change_tensors(exported("torchao", "w8a16g32"), change).block(0).get(NAME)
     assert isinstance(layer, QuantLinear) and str(layer.scheme) == "w8g32"
     W = [[codes[o][i] * (0.5 if i < 32 else 2.0) for i in range(64)] for o in range(64)]  # powers of two: exact
     assert layer.weight_values(torch.float32).tolist() == W
 
 
 def test_a_granularity_that_is_left_out_is_a_row(exported: Export) -> None:
-    model = change_config(exported("w8a16"), lambda default: default["_data"].pop("granularity"))
+    model = change_config(exported("torchao", "w8a16"), lambda default: default["_data"].pop("granularity"))
     assert {str(scheme) for scheme in model.schemes().values()} == {"w8a16"}
 
 
@@ -92,7 +78,7 @@ def test_a_granularity_that_is_left_out_is_a_row(exported: Export) -> None:
     ],
 )
 def test_a_config_that_cannot_be_decoded_is_refused(scheme: str, change: Change, message: str, exported: Export) -> None:
-    model = change_config(exported(scheme), change)
+    model = change_config(exported("torchao", scheme), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
 
@@ -113,6 +99,6 @@ def test_a_config_that_cannot_be_decoded_is_refused(scheme: str, change: Change,
 def test_a_file_that_contradicts_itself_is_refused(
     change: Change, message: str, exported: Export, change_tensors: ChangeFile
 ) -> None:
-    model = change_tensors(exported("w8a16"), change)
+    model = change_tensors(exported("torchao", "w8a16"), change)
     with pytest.raises(QtoolError, match=message):
         model.block(0)
