@@ -55,6 +55,7 @@ class Method:
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
     adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
+    added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
     key: str = ""
 
     @property

@@ -24,8 +24,7 @@ class Outliers:
         rows, columns = chosen.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(added))  # [out]
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-        narrow = torch.int16 if added.shape[1] <= torch.iinfo(torch.int16).max + 1 else torch.int32
-        return cls(starts, columns.to(narrow), added[rows, columns].to(dtype))
+        return cls(starts, columns.to(index_dtype(added.shape[1])), added[rows, columns].to(dtype))
 
     @property
     def stored_bytes(self) -> int:
@@ -45,3 +44,13 @@ class Outliers:
         """Those of rows start .. stop - 1, which become the first."""
         first, last = int(self.starts[start]), int(self.starts[stop])
         return Outliers(self.starts[start : stop + 1] - first, self.columns[first:last], self.values[first:last])
+
+
+def index_dtype(columns: int) -> torch.dtype:
+    """What the number of a column is stored in."""
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max + 1 else torch.int32
+
+
+def stored_size(count: int, out: int, columns: int) -> int:
+    """Bytes of `count` outliers of a matrix [out, columns], values in 16 bits."""
+    return (out + 1) * torch.int32.itemsize + count * (index_dtype(columns).itemsize + torch.float16.itemsize)

@@ -25,7 +25,7 @@ from qtool.formats.scheme import Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
-from qtool.model.checkpoint import Checkpoint, find_files
+from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
@@ -539,8 +539,3 @@ def resolve_folder(options: ModelOptions) -> Path:
             f"model: {options.path} is no local folder and is not in the cache, and the hub cannot be reached or does not "
             f"have it ({type(error).__name__}); use demo, a local folder, or download it once with network"
         ) from error
-
-
-def checkpoint_bytes(folder: Path) -> int:
-    """Size of the safetensors files of a checkpoint."""
-    return sum(path.stat().st_size for path in set(find_files(folder).values()))

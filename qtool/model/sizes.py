@@ -22,6 +22,7 @@ from qtool.options import Options
 FLAT = 512  # rows that no packing and no double quantization leaves a remainder of
 ENTRY = 90  # bytes that the header of a safetensors file spends on a tensor beside its name
 CARD = 4096  # bytes that the model card may take
+FACTS, PARTS = 512, 6  # bytes that are said of what stands beside codes and scales, and tensors that it takes
 LINE = 85  # bytes that the manifest, or the index of shards, spends on a file or a tensor
 
 
@@ -35,15 +36,20 @@ class Sized(Protocol):
     def size(self) -> Callable[..., int] | None: ...
 
 
-def export_size(export: Sized, model: ModelHandle, schemes: dict[str, Scheme], options: Options) -> int:
-    """Bytes of the folder that an export will write, before any work."""
+def export_size(
+    export: Sized, model: ModelHandle, schemes: dict[str, Scheme], options: Options, additions: dict[str, int] | None = None
+) -> int:
+    """Bytes of the folder that an export will write, before any work.
+
+    `additions`: bytes of low-rank factors, outliers and the like of a linear, which a dense export adds to its weights.
+    """
     if export.storage is not None:
-        return checkpoint_size(model, schemes, export.storage(model, schemes, options))
+        return checkpoint_size(model, schemes, export.storage(model, schemes, options), additions or {})
     assert export.size is not None, "an export has a storage or tells its size"
     return export.size(model, schemes, options)
 
 
-def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Storage) -> int:
+def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Storage, additions: dict[str, int]) -> int:
     """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized."""
     stored = model.stored_names()
     dense = {name: p.numel() * model.dtype.itemsize for name, p in model.model.named_parameters() if name in stored}
@@ -58,6 +64,9 @@ def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Sto
             n_bytes, n_tensors = packed[kind]
             tensors += n_bytes - dense[f"{name}.weight"]
             names += [name] * (n_tensors - 1)
+            if more := additions.get(name, 0):
+                tensors += more + FACTS
+                names += [name] * PARTS
     listed = sum(len(name) + ENTRY for name in names)
     if tensors > SHARD_BYTES:
         listed += sum(len(name) + LINE for name in names)

@@ -72,30 +72,23 @@ def sizes_of(model: ModelHandle) -> Sizes:
 def estimate(model: ModelHandle, steps: Sequence[Step], seed: int, export_bytes: dict[str, int]) -> list[Cost]:
     """The cost of each step, in their order; `export_bytes`: what each export will write."""
     sizes, costs = sizes_of(model), []
-    texts = [step.options for step in steps if isinstance(step.options, TextOptions)]
-    windows = [read_tokens(text, model.tokenizer, seed).shape for text in texts]
-    calibration = next((tuple(shape) for shape, step in zip(windows, filter(is_text, steps), strict=True)
-                        if step.method.kind == "calibrate"), (0, 0))  # fmt: skip
-    for step in steps:
+    texts = {index: step.options for index, step in enumerate(steps) if isinstance(step.options, TextOptions)}
+    windows = {index: tuple(read_tokens(text, model.tokenizer, seed).shape) for index, text in texts.items()}
+    calibration = next((shape for index, shape in windows.items() if steps[index].method.kind == "calibrate"), (0, 0))
+    for index, step in enumerate(steps):
         if step.method.kind in CHANGING:
             costs.append(changing_cost(model, step, sizes, calibration))
         elif isinstance(step.options, SearchOptions):
             costs.append(search_cost(model, step, sizes, calibration))
         elif step.method.kind == "evaluate":
             n_subjects = 1 + any(one.method.kind in CHANGING for one in steps) + len(export_bytes)
-            shape = windows[sum(map(is_text, steps[: steps.index(step)]))] if is_text(step) else None
-            costs.append(evaluation_cost(step, sizes, n_subjects, shape))
+            costs.append(evaluation_cost(step, sizes, n_subjects, windows.get(index)))
         elif step.method.kind == "export":
             size = export_bytes[step.key]
             costs.append(Cost(step.key, 100 * sizes.all, held(sizes) + 6 * sizes.block, size))
         else:
             costs.append(Cost(step.key, 0, IDLE_BYTES, 0))
     return costs
-
-
-def is_text(step: Step) -> bool:
-    """Whether the step reads text by itself."""
-    return isinstance(step.options, TextOptions)
 
 
 def held(sizes: Sizes) -> float:

@@ -13,6 +13,7 @@ from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
+from qtool.options import Selection
 from qtool.pipeline.checks import check_recipe, located, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
@@ -75,7 +76,7 @@ def make_plan(recipe: Recipe) -> Plan:
 def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> PlannedExport:
     """One export of what the steps before it make."""
     outcomes = list(planned_schemes(model, before))
-    sizes = [export_size(step.method, model, schemes, step.options) for schemes in outcomes]
+    sizes = [export_size(step.method, model, schemes, step.options, additions(schemes, model, before)) for schemes in outcomes]
     searches = [one.options for one in before if isinstance(one.options, SearchOptions)]
     n_bytes = within_budget(model, searches[-1], outcomes, sizes) if searches else sizes[0]
     found: list[tuple[Serving, str | None]] = servings(step.key.removeprefix("export/"), model, outcomes[0])
@@ -83,6 +84,18 @@ def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> Plann
         others = servings(step.key.removeprefix("export/"), model, schemes)
         found = [(one, reason or other) for (one, reason), (_, other) in zip(found, others, strict=True)]
     return PlannedExport(step.key, n_bytes, found)
+
+
+def additions(schemes: dict[str, Scheme], model: ModelHandle, steps: Sequence[Step]) -> dict[str, int]:
+    """Bytes that each quantized linear is to have beside what its scheme stores."""
+    found: dict[str, dict[str, int]] = {name: {} for name in schemes}
+    for step in steps:
+        options, tell = step.options, step.method.added_bytes
+        if step.method.kind in ("quantize", "factorize") and isinstance(options, Selection):
+            for name in schemes:
+                if not options.is_ignored(name):
+                    found[name][step.method.kind] = 0 if tell is None else tell(options, *model.linear_shape(name))
+    return {name: sum(parts.values()) for name, parts in found.items()}
 
 
 def within_budget(

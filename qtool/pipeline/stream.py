@@ -79,8 +79,8 @@ Shards = dict[Path, list[Copied | Rounded]]
 
 @large_pieces_returned()
 def stream_recipe(recipe: Recipe, out: Path, progress: Progress, workers: int = 1, fresh: bool = False) -> Artifact:
-    """Write the export of a recipe that `check_recipe` lets pass into the new folder `out`, going on where it was stopped."""
-    step, export = check_recipe(recipe)
+    """Write the export of a recipe that `streamed_steps` lets pass into the new folder `out`, going on where it was stopped."""
+    step, export = streamed_steps(recipe)
     out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise QtoolError(f"--out: {out} exists already; name a new folder, or remove it")
@@ -102,7 +102,7 @@ def stream_recipe(recipe: Recipe, out: Path, progress: Progress, workers: int = 
     return artifact
 
 
-def check_recipe(recipe: Recipe) -> tuple[Step, Step]:
+def streamed_steps(recipe: Recipe) -> tuple[Step, Step]:
     """The quantize step and the export step; raises RecipeError that names every step that has no place here."""
     quantize = [step for step in recipe.steps if step.method.kind == "quantize"]
     export = [step for step in recipe.steps if step.method.kind == "export"]
@@ -134,7 +134,7 @@ def check_recipe(recipe: Recipe) -> tuple[Step, Step]:
 
 def check_experts(model: ModelHandle, export: Step, schemes: dict[str, Scheme]) -> None:
     """Raise QtoolError where some experts become codes and others, which a file keeps as parts of one tensor, stay dense."""
-    assert export.method.storage is not None, "check_recipe asks for an export that has one"
+    assert export.method.storage is not None, "streamed_steps asks for an export that has one"
     if export.method.storage(model, schemes, export.options).encode is None:
         return
     experts = [found for name in model.linear_names() if (found := EXPERT.fullmatch(name)) is not None]
@@ -215,7 +215,7 @@ class Stream:
 
     def storage(self) -> Storage:
         """How the export keeps linears; a new one for each file, since what describes files remembers what came before."""
-        assert self.export.method.storage is not None, "check_recipe asks for an export that has one"
+        assert self.export.method.storage is not None, "streamed_steps asks for an export that has one"
         storage: Storage = self.export.method.storage(self.model, self.schemes, self.export.options)
         return storage
 

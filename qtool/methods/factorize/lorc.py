@@ -68,4 +68,12 @@ def needs(options: LorcOptions) -> Needs:
     return () if options.weighting == "plain" else ("hessian",)
 
 
-METHOD = Method(run=lorc, options=LorcOptions, scope="linear", needs=needs, adds="low-rank factors")
+def added_bytes(options: LorcOptions, out: int, columns: int) -> int:
+    """Of the factors of a matrix [out, columns]."""
+    is_int8 = options.dtype == "int8"
+    return options.rank * ((out + columns) * (1 if is_int8 else 2) + (4 if is_int8 else 0))
+
+
+METHOD = Method(
+    run=lorc, options=LorcOptions, scope="linear", needs=needs, adds="low-rank factors", added_bytes=added_bytes
+)

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
+from qtool.formats.allocation import stored_bytes
+from qtool.formats.outliers import index_dtype
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.formats.tensor import QuantizedTensor, Salient, quantize
-from qtool.layers.binary_linear import BinaryLinear
+from qtool.layers.binary_linear import BINARY, BinaryLinear
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
 from qtool.options import BlockTuning
@@ -102,8 +104,7 @@ def binary(block: Block, name: str, amax: Tensor, scheme: Scheme, options: Ptq16
     salient = None
     if n_salient:
         columns = amax.argsort(descending=True, stable=True)[:n_salient].sort().values  # [salient]
-        narrow = torch.int16 if len(amax) <= torch.iinfo(torch.int16).max + 1 else torch.int32
-        salient = Salient(columns.to(narrow), quantize(W[:, columns], scheme.weights))
+        salient = Salient(columns.to(index_dtype(len(amax))), quantize(W[:, columns], scheme.weights))
     return BinaryLinear(W, bias, salient, scheme.activations)
 
 
@@ -124,6 +125,15 @@ def check(model: object, options: Ptq161Options) -> None:
             raise QtoolError(f"quantize/ptq161: salient columns have one group a row, not {scheme}; write scheme: w4a16-asym")
 
 
+def added_bytes(options: Ptq161Options, out: int, columns: int) -> int:
+    """What a matrix [out, columns] stores beyond salient columns alone, less than nothing: of the others one bit each."""
+    assert isinstance(options.scheme, Scheme), "only a scheme can be planned with"
+    n_salient = round(options.salient * columns)
+    parts = stored_bytes((out, n_salient), options.scheme.weights) + stored_bytes((out, columns - n_salient), BINARY)
+    masks = columns * torch.float16.itemsize + n_salient * index_dtype(columns).itemsize
+    return parts + masks - stored_bytes((out, columns), options.scheme.weights)
+
+
 METHOD = Method(
     run=ptq161,
     options=Ptq161Options,
@@ -131,4 +141,5 @@ METHOD = Method(
     check=check,
     schemes=("w4a16-asym", "w3a16"),
     adds="salient columns",
+    added_bytes=added_bytes,
 )

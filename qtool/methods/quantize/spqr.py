@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.outliers import Outliers
+from qtool.formats.outliers import Outliers, stored_size
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, from_groups, to_groups
 from qtool.linalg.column_rounding import ColumnOptions, ColumnRounding, order_columns
@@ -96,4 +96,11 @@ def largest(score: Tensor, share: float) -> Tensor:
     return chosen.view(score.shape)
 
 
-METHOD = Method(run=spqr, options=SpqrOptions, scope="linear", needs=("hessian",), adds="outliers")
+def added_bytes(options: SpqrOptions, out: int, columns: int) -> int:
+    """Of the outliers of a matrix [out, columns]."""
+    return stored_size(round(options.share * out * columns), out, columns)
+
+
+METHOD = Method(
+    run=spqr, options=SpqrOptions, scope="linear", needs=("hessian",), adds="outliers", added_bytes=added_bytes
+)
