@@ -226,3 +226,21 @@ def export(tmp_path: Path) -> Callable[..., Artifact]:
         return method.export(model, tmp_path / out, method.options.model_validate(options))
 
     return run
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """Tokens of four windows [4, 24]."""
+    return torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def logits_of(windows: torch.Tensor) -> Callable[[ModelHandle], torch.Tensor]:
+    """`logits_of(model)`: those of the model in memory for four windows of tokens."""
+
+    def run(model: ModelHandle) -> torch.Tensor:
+        with model.materialized() as module, torch.no_grad():
+            logits: torch.Tensor = module(windows).logits
+            return logits
+
+    return run

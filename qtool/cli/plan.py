@@ -52,7 +52,7 @@ def in_numbers(made: "Plan") -> dict[str, object]:
     ]
     costs = [{**asdict(cost), "seconds": round(cost.seconds(made.rate), 1)} for cost in made.costs]
     totals = {"seconds": round(made.seconds, 1), "peak_memory_bytes": made.peak_bytes, "disk_bytes": made.disk_bytes}
-    return {"modules": [asdict(row) for row in made.rows], "exports": exports, "steps": costs, **totals}
+    return {"modules": [asdict(row) for row in made.rows], "cache": made.cache, "exports": exports, "steps": costs, **totals}
 
 
 def print_plan(made: "Plan", console: Console) -> None:
@@ -62,6 +62,8 @@ def print_plan(made: "Plan", console: Console) -> None:
     for row in made.rows:
         table.add_row(escape(row.name), str(row.count), f"{row.shape[0]} × {row.shape[1]}", row.scheme, row.step)
     console.print(table)
+    if made.cache is not None:
+        console.print(f"\n[bold]key/value cache[/bold]  {made.cache}")
     for export in made.exports:
         print_export(export, console)
     console.print()

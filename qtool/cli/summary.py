@@ -21,6 +21,7 @@ def print_summary(results: Row, folder: Path) -> None:
     console.print(
         f"[bold]size[/bold]  {before / 2**20:,.1f} → {after / 2**20:,.1f} MiB ({before / after:.2f}×), "
         f"{model['bits_per_weight']:.2f} bits per weight, {model['parameters'] / 1e6:,.1f} M parameters"
+        + ("" if model.get("cache") is None else f", cache {model['cache']}")
     )
     for export in results["exports"]:
         kept = "" if export["lossless"] else ", not lossless"

@@ -166,9 +166,24 @@ class ActivationScheme(Options):
 
 
 class KvScheme(Options):
-    """Integer key/value cache."""
+    """Key/value cache."""
 
     bits: int = Field(ge=2, le=8, description="bits per cached key or value")
+    format: Literal["int", "e4m3"] = Field("int", description="whole numbers, or floats of 8 bits")
+
+    def __str__(self) -> str:
+        return f"{self.format}{self.bits if self.format == 'int' else ''}"
+
+
+class CacheSelection(Options):
+    """Options of a method that quantizes the key/value cache of all blocks."""
+
+    format: Literal["e4m3", "int8"] = Field("e4m3", description="what keys and values are rounded to")
+
+    @property
+    def scheme(self) -> KvScheme:
+        """The same as a scheme."""
+        return KvScheme(bits=8, format="e4m3" if self.format == "e4m3" else "int")
 
 
 class Scheme(Shorthand):

@@ -14,6 +14,7 @@ from qtool.laws.allocation import (
     the_budget_is_kept,
     the_most_sensitive_unit_gets_the_most,
 )
+from qtool.laws.cache import scales_follow_the_range, what_was_seen_is_covered
 from qtool.laws.linear import (
     codes_in_range,
     error_falls_with_rank,
@@ -69,6 +70,7 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         quantizing_a_block_is_deterministic,
         the_blocks_error_is_no_worse_than_roundings,
     ),
+    ("quantize", "cache"): (what_was_seen_is_covered, scales_follow_the_range),
     ("prune", "linear"): (
         sparsity_is_exact,
         pattern_is_exact,

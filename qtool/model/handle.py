@@ -20,16 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import Scheme
+from qtool.formats.scheme import KvScheme, Scheme
 from qtool.layers.experts import Experts, is_fused
+from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_changes, load_schemes
+from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_cache, load_changes, load_schemes
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -105,6 +107,10 @@ class Block:
     @property
     def device(self) -> torch.device:
         return self._handle.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._handle.dtype
 
     def batches(self, hidden: Tensor) -> list[Tensor]:
         """All samples [samples, length, hidden] in pieces that one forward takes."""
@@ -274,6 +280,9 @@ class ModelHandle:
                     if quantized is not None:
                         factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
                         self._place_quantized(root, name, *quantized, factors[prefix + name])
+            for name in attentions_of(root) if prefix else ():
+                if (scales := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
+                    self._place_cache(root, name, scales)
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
@@ -281,6 +290,8 @@ class ModelHandle:
                 linear = name.removesuffix(".weight")
                 low_rank = changes.get(linear + LOW_RANK, factors.get(linear))
                 self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
+            elif isinstance(value, CacheScales):
+                self._place_cache(root, name.removeprefix(prefix), value)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -301,6 +312,21 @@ class ModelHandle:
             if path is not None:
                 found |= {name.removesuffix(".weight"): scheme for name, scheme in load_schemes(path).items()}
         return found
+
+    def attention_names(self) -> list[str]:
+        """Every attention that keeps keys and values in a cache."""
+        return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
+
+    def cache(self) -> KvScheme | None:
+        """What the key/value cache is quantized to, the same in all blocks; reads headers and scales alone."""
+        path = self._changes_file("block_000")
+        if path is not None and (scheme := load_cache(path)) is not None:
+            return scheme
+        if self.quantization is None:
+            return None
+        reader = reader_of(self.quantization)
+        found = (reader.read_cache(self.checkpoint, name, self.quantization) for name in self.attention_names()[:1])
+        return next((scales.scheme for scales in found if scales is not None), None)
 
     def additions(self) -> dict[str, str]:
         """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""
@@ -411,6 +437,9 @@ class ModelHandle:
         bias = getattr(old, "bias", None)
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
         owner.register_module(last, layer)
+
+    def _place_cache(self, root: nn.Module, name: str, scales: CacheScales) -> None:
+        quantize_cache(root.get_submodule(name), scales.to(self.device))
 
     # ---- running ----
 

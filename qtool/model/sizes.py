@@ -41,7 +41,8 @@ def export_size(
 ) -> int:
     """Bytes of the folder that an export will write, before any work.
 
-    `additions`: bytes of low-rank factors, outliers and the like of a linear, which a dense export adds to its weights.
+    `additions`: bytes of low-rank factors, outliers and the like of a linear, which a dense export adds to its weights, and of
+    the scales of an attention's cache.
     """
     if export.storage is not None:
         return checkpoint_size(model, schemes, export.storage(model, schemes, options), additions or {})
@@ -64,9 +65,9 @@ def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Sto
             n_bytes, n_tensors = packed[kind]
             tensors += n_bytes - dense[f"{name}.weight"]
             names += [name] * (n_tensors - 1)
-            if more := additions.get(name, 0):
-                tensors += more + FACTS
-                names += [name] * PARTS
+        for name, more in additions.items():
+            tensors += more and more + FACTS
+            names += [name] * (PARTS if more else 0)
     listed = sum(len(name) + ENTRY for name in names)
     if tensors > SHARD_BYTES:
         listed += sum(len(name) + LINE for name in names)

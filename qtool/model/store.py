@@ -2,13 +2,14 @@
 
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
-low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`.
+low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; the scales of a quantized
+cache as `attention::k_scale` and `::v_scale`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
 from qtool.formats.scales import scale_codes, single_scale
-from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | CacheScales | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
 
@@ -52,19 +54,24 @@ def save_changes(path: Path, changes: Changes) -> None:
     """Write one block's changes."""
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, dict[str, object]] = {}
+    caches: dict[str, KvScheme] = {}
     for name, value in changes.items():
         if isinstance(value, Tensor):
             tensors[name] = value
+        elif isinstance(value, CacheScales):
+            tensors |= {f"{name}::k_scale": value.k_scale, f"{name}::v_scale": value.v_scale}
+            caches[name] = value.scheme
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
             tensors |= {f"{name}::{part}": tensor for part, tensor in quantized_parts(value[0]).items()}
             schemes[name] = quantized_facts(*value)
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata={"qtool": in_json(schemes)}))
+    facts = {"qtool": in_json(schemes), "caches": in_json(caches)}
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=facts))
 
 
-def in_json(facts: dict[str, Any]) -> str:
+def in_json(facts: Mapping[str, Any]) -> str:
     """Facts that hold schemes as text."""
     return json.dumps(facts, default=lambda options: options.model_dump())
 
@@ -120,6 +127,13 @@ def load_schemes(path: Path) -> dict[str, Scheme]:
     return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
 
 
+def load_cache(path: Path) -> KvScheme | None:
+    """What one block's cache is quantized to; reads the file's header alone."""
+    with open_file(path) as file:
+        caches = json.loads(file.metadata().get("caches", "{}"))
+    return next((KvScheme.model_validate(scheme) for scheme in caches.values()), None)
+
+
 def load_additions(path: Path) -> dict[str, str]:
     """Linears of one block that have more than codes, scales and zero points: what more; reads the file's header alone."""
     with open_file(path) as file:
@@ -141,13 +155,16 @@ def additions_among(names: Iterable[str]) -> dict[str, str]:
 def load_changes(path: Path) -> Changes:
     """Read one block's changes; raises QtoolError where the file is broken."""
     with open_file(path) as file:
-        schemes = json.loads(file.metadata()["qtool"])
+        schemes, caches = (json.loads(file.metadata().get(key, "{}")) for key in ("qtool", "caches"))
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     changes: Changes = {name: tensor for name, tensor in tensors.items() if "::" not in name}
     for name, facts in schemes.items():
         prefix = f"{name}::"
         parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         changes[name] = restore_quantized(parts, facts)
+    for name, scheme in caches.items():
+        scales = tensors[f"{name}::k_scale"], tensors[f"{name}::v_scale"]
+        changes[name] = CacheScales(KvScheme.model_validate(scheme), *scales)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
     return changes

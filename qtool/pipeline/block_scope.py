@@ -7,7 +7,9 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.scheme import SchemeSelection
+from qtool.layers.kv_cache import CacheObserver, attentions_of, pass_through, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block
 from qtool.model.linear import shape_of, weight_of
@@ -55,6 +57,24 @@ def observe_linears(block: Block, needs: Needs, hidden: Tensor) -> tuple[Tensor,
             observers[group.linears[0]] = shared
             stats |= dict.fromkeys(group.linears, shared)
     return block.forward_observed(hidden, observers), stats
+
+
+def quantize_cache_of(block: Block, method: Method, options: Any, hidden: Tensor, work: Work) -> Tensor:
+    """Let a method of scope cache find scales for what the block's attention keeps; returns the block's new output."""
+    attentions = attentions_of(block.module)
+    observers = {name: CacheObserver() for name in attentions}
+    handles = [pass_through(attentions[name], observer.see) for name, observer in observers.items()]
+    block.forward(hidden)
+    for handle in handles:
+        handle.remove()
+    for name, seen in observers.items():
+        full = f"{block.name}.{name}"
+        if seen.k is None or seen.v is None:
+            raise QtoolError(f"{method.key}: {full}: it hands no keys to a cache, so that there is nothing to quantize")
+        found: CacheScales = method.run(seen.k, seen.v, block.dtype, options, work.note(full))
+        quantize_cache(attentions[name], found.to(block.device))
+        work.changes[full] = found
+    return block.forward(hidden)
 
 
 def tune_block(

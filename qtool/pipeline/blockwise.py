@@ -23,7 +23,7 @@ from qtool.model.handle import BATCH, Block, ModelHandle
 from qtool.model.memory import large_pieces_returned
 from qtool.model.store import save_changes
 from qtool.options import Needs, Selection, require_matches
-from qtool.pipeline.block_scope import transform_block, tune_block
+from qtool.pipeline.block_scope import quantize_cache_of, transform_block, tune_block
 from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
@@ -49,7 +49,7 @@ def run_blockwise(
     Factorize takes `unquantized`, the model as it was right before the quantize steps.
     """
     needs = method.needed(options)
-    needs_inputs = bool(needs) or method.scope == "block"
+    needs_inputs = bool(needs) or method.scope in ("block", "cache")
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
     changes_function = method.kind != "transform" or method.scope == "linear"
@@ -82,6 +82,9 @@ def run_blockwise(
                 if not changes_function:
                     assert hidden is not None
                     hidden = transform_block(block, method, options, needs, hidden, seed, work)
+                elif method.scope == "cache":
+                    assert hidden is not None
+                    hidden = quantize_cache_of(block, method, options, hidden, work)
                 elif method.scope == "block":
                     assert hidden is not None and twin is not None
                     hidden = tune_block(block, method, options, hidden, twin, seed, work)

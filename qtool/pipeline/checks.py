@@ -7,7 +7,7 @@ import torch
 
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
-from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.formats.scheme import CacheSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import servings
 from qtool.options import ExportOptions, Selection
@@ -41,6 +41,9 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
             check_covered(model, step.method, options, search.options)
         elif isinstance(options, Selection):
             check_selection(model, step.method, options)
+    if step.method.scope == "cache" and not model.attention_names():
+        with located(step):
+            raise QtoolError(f"{step.key}: no attention of {type(model.model).__name__} takes a cache that could be quantized")
     if step.method.check is not None:
         with located(step):
             step.method.check(model, step.options)
@@ -52,11 +55,12 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
         if step.method.kind == "export":
             with located(step):
                 check_additions(step, model)
+                check_cache(step, model)
         if step.method.holds is not None:
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
                     step.method.holds(model, schemes, step.options)
-                    check_runtime(model, step, schemes)
+                    check_runtime(model, step, schemes, planned_cache(model, steps[:index]))
 
 
 def check_additions(step: Step, model: ModelHandle) -> None:
@@ -67,11 +71,17 @@ def check_additions(step: Step, model: ModelHandle) -> None:
         raise QtoolError(f"{step.key} cannot hold the {what} of {name}; use export/qtool or export/safetensors")
 
 
-def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme]) -> None:
+def check_cache(step: Step, model: ModelHandle) -> None:
+    """Raise QtoolError where an export has no place for the scales of a quantized cache, and the model has such."""
+    if not step.method.holds_cache and model.cache() is not None:
+        raise QtoolError(f"{step.key} cannot hold a quantized cache; use export/compressed_tensors or export/qtool")
+
+
+def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], cache: KvScheme | None) -> None:
     """Raise QtoolError where the runtime that an export's options ask for does not serve these schemes."""
     if not isinstance(step.options, ExportOptions) or (wanted := step.options.runtime) is None:
         return
-    found = servings(step.key.removeprefix("export/"), model, schemes)
+    found = servings(step.key.removeprefix("export/"), model, schemes, cache)
     asked = [(entry, why) for entry, why in found if entry.runtime == wanted]
     if not asked:
         known = list(dict.fromkeys(entry.runtime for entry, _ in found))
@@ -95,6 +105,12 @@ def located(step: Step) -> Iterator[None]:
             f"{step.where}: {step.key}: the memory does not suffice ({str(error).splitlines()[0][:200]}); use fewer or "
             "shorter samples, true_sequential: false where the step has it, or a machine with more"
         ) from error
+
+
+def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | None:
+    """What the key/value cache is quantized to after `steps`."""
+    stated = [step.options.scheme for step in steps if isinstance(step.options, CacheSelection)]
+    return stated[-1] if stated else model.cache()
 
 
 def planned_schemes(model: ModelHandle, steps: Sequence[Step]) -> Iterator[dict[str, Scheme]]:

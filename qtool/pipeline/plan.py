@@ -14,7 +14,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
 from qtool.options import Selection
-from qtool.pipeline.checks import check_recipe, located, planned_schemes
+from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
 
@@ -44,6 +44,7 @@ class Plan:
     """All of it; seconds and memory are estimates."""
 
     rows: list[Row]
+    cache: str | None  # what the key/value cache is quantized to
     exports: list[PlannedExport]
     costs: list[Cost]
     rate: float  # operations a second of this machine
@@ -70,7 +71,9 @@ def make_plan(recipe: Recipe) -> Plan:
             with located(step):
                 exports.append(plan_export(model, recipe.steps[:index], step))
     sizes = {export.key: export.bytes for export in exports}
-    return Plan(rows_of(model, recipe.steps), exports, estimate(model, recipe.steps, recipe.seed, sizes), rate_of(model))
+    cache = planned_cache(model, recipe.steps)
+    words = None if cache is None else str(cache)
+    return Plan(rows_of(model, recipe.steps), words, exports, estimate(model, recipe.steps, recipe.seed, sizes), rate_of(model))
 
 
 def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> PlannedExport:
@@ -79,15 +82,16 @@ def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> Plann
     sizes = [export_size(step.method, model, schemes, step.options, additions(schemes, model, before)) for schemes in outcomes]
     searches = [one.options for one in before if isinstance(one.options, SearchOptions)]
     n_bytes = within_budget(model, searches[-1], outcomes, sizes) if searches else sizes[0]
-    found: list[tuple[Serving, str | None]] = servings(step.key.removeprefix("export/"), model, outcomes[0])
+    cache = planned_cache(model, before)
+    found: list[tuple[Serving, str | None]] = servings(step.key.removeprefix("export/"), model, outcomes[0], cache)
     for schemes in outcomes[1:]:  # candidates of a search: served where each is
-        others = servings(step.key.removeprefix("export/"), model, schemes)
+        others = servings(step.key.removeprefix("export/"), model, schemes, cache)
         found = [(one, reason or other) for (one, reason), (_, other) in zip(found, others, strict=True)]
     return PlannedExport(step.key, n_bytes, found)
 
 
 def additions(schemes: dict[str, Scheme], model: ModelHandle, steps: Sequence[Step]) -> dict[str, int]:
-    """Bytes that each quantized linear is to have beside what its scheme stores."""
+    """Bytes that each quantized linear is to have beside what its scheme stores, and each attention for its cache."""
     found: dict[str, dict[str, int]] = {name: {} for name in schemes}
     for step in steps:
         options, tell = step.options, step.method.added_bytes
@@ -95,7 +99,8 @@ def additions(schemes: dict[str, Scheme], model: ModelHandle, steps: Sequence[St
             for name in schemes:
                 if not options.is_ignored(name):
                     found[name][step.method.kind] = 0 if tell is None else tell(options, *model.linear_shape(name))
-    return {name: sum(parts.values()) for name, parts in found.items()}
+    scales = {} if planned_cache(model, steps) is None else dict.fromkeys(model.attention_names(), 2 * model.dtype.itemsize)
+    return scales | {name: sum(parts.values()) for name, parts in found.items()}
 
 
 def within_budget(

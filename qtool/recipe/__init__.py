@@ -190,6 +190,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     calibrated: str | None = None
     changed: str | None = None  # kind of the latest step that changes the model
     additions: dict[str, str] = {}  # step that adds to codes and scales: what
+    cached: str | None = None  # where the cache is quantized
     quantized: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
@@ -217,6 +218,10 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             for adding, what in additions.items():
                 text = f"{method.key} cannot hold the {what} of {adding}; use export/qtool or export/safetensors"
                 problems.append((key.start_mark, text))
+        if method.kind == "export" and not method.holds_cache and cached is not None:
+            text = f"{method.key} cannot hold a quantized cache ({cached}); use export/compressed_tensors or export/qtool"
+            problems.append((key.start_mark, text))
+        cached = place(key.start_mark) if method.scope == "cache" else cached
         if method.kind == "search":
             is_searched = True
             if quantized is not None:
@@ -233,7 +238,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
-        is_always_fed = method.kind in ALWAYS_FED and method.scope != "linear"
+        is_always_fed = method.scope == "cache" or (method.kind in ALWAYS_FED and method.scope != "linear")
         needs_text = is_always_fed or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))
@@ -248,14 +253,14 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
 
 
 def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Problem]:
-    """Schemes that ask for a quantized key/value cache, which no step makes."""
+    """Schemes that ask for a quantized key/value cache, which is a step of its own."""
     from qtool.formats.scheme import Scheme  # here, because it imports torch, and by now the methods have
 
     for name in type(options).model_fields:
         value = getattr(options, name)
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
             if isinstance(part, Scheme) and part.kv is not None:
-                text = f"{key}: {name}: {part}: no step quantizes the key/value cache; leave kv{part.kv.bits} away"
+                text = f"{key}: {name}: {part}: the cache is a step of its own, quantize/kv_cache; leave kv{part.kv.bits} away"
                 yield nearest_mark(node, (name,), node.start_mark), text
 
 

@@ -54,7 +54,7 @@ class CompressedTensorsOptions(ExportOptions):
 
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: CompressedTensorsOptions) -> Storage:
     """What the checkpoint is made of."""
-    config = quantization_config(model, schemes)
+    config = quantization_config(model, schemes) | cache_config(model)
     return Storage(encoder(model, schemes, "dequantize" in config), config)
 
 
@@ -109,7 +109,7 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
                 "mxfp8_e4m3; quantize so, or use export/safetensors"
             )
         if scheme.kv is not None:
-            raise QtoolError(f"{WHERE}: {name}: {scheme}: a cache cannot be held; leave kv{scheme.kv.bits} out")
+            raise QtoolError(f"{WHERE}: {name}: {scheme}: write quantize/kv_cache as a step, and leave kv{scheme.kv.bits} out")
     experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]
     found = {schemes.get(name) for name in experts}
     is_fit = {s is not None and layout_of(s) in PACKED and s.weights.symmetric and s.activations is None for s in found}
@@ -145,6 +145,16 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
     return config | {"dequantize": True} if must_decode and len(targets) == 1 else config
 
 
+def cache_config(model: ModelHandle) -> dict[str, Any]:
+    """kv_cache_scheme of a model whose cache is quantized; its scales are tensors of the attentions, k_scale and v_scale."""
+    scheme = model.cache()
+    if scheme is None:
+        return {}
+    kind = "float" if scheme.format == "e4m3" else "int"
+    how = {"num_bits": scheme.bits, "type": kind, "strategy": "tensor", "symmetric": True, "dynamic": False}
+    return {"kv_cache_scheme": how}
+
+
 def decodes_while_loading(scheme: Scheme, dtype: torch.dtype) -> bool:
     """Whether transformers must decode these weights while it loads them into a model of `dtype`."""
     if scheme.activations is not None:
@@ -178,4 +188,5 @@ METHOD = Method(
     check=check_model,
     holds=check_schemes,
     storage=storage,
+    holds_cache=True,
 )

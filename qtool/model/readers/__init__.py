@@ -5,6 +5,8 @@ A reader has two functions; both raise QtoolError for what qtool cannot decode:
     read_linear(checkpoint, name, config) -> (QuantizedTensor, Scheme) | None
 and, where the layout has low-rank factors beside the codes, a third:
     read_low_rank(checkpoint, name, config) -> LowRank | None     of a quantized linear; None where it has none
+and where it can have a quantized key/value cache, a fourth:
+    read_cache(checkpoint, name, config) -> CacheScales | None    of the attention `name`; None where its cache is as it was
 config is the quantization_config of config.json.
 """
 
@@ -16,9 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scales import SCALE_DTYPES
-from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
+from qtool.formats.scheme import ActivationScheme, KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import EXPERT, Checkpoint
 
@@ -37,6 +40,15 @@ class ReadLowRank(Protocol):
     def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None: ...
 
 
+class ReadCache(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None: ...
+
+
+def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
+    """What layouts of weights alone have of a quantized cache."""
+    return None
+
+
 def no_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None:
     """What layouts of codes alone have of low-rank factors."""
     return None
@@ -49,6 +61,7 @@ class Reader:
     read_scheme: ReadScheme
     read_linear: ReadLinear
     read_low_rank: ReadLowRank = no_low_rank
+    read_cache: ReadCache = no_cache
 
 
 def reader_of(config: dict[str, Any]) -> Reader:
@@ -86,6 +99,18 @@ def scheme_of(
         )
     except ValueError as error:  # a number of bits, or a group, out of range
         raise QtoolError(f"model: {name}: its scheme cannot be read: {' '.join(str(error).splitlines()[1:3])}") from error
+
+
+def scales_of_cache(checkpoint: Checkpoint, name: str, scheme: KvScheme) -> CacheScales:
+    """The attention's k_scale and v_scale, [1] or [], as stored; raises QtoolError where one is missing or is no scale."""
+    found = {key.rsplit(".", 1)[-1]: tensor for key, tensor in checkpoint.read([f"{name}.k_scale", f"{name}.v_scale"], None)}
+    for part in ("k_scale", "v_scale"):
+        if part not in found:
+            raise QtoolError(f"model: {name}: the cache is quantized, but the checkpoint has no {name}.{part}; export it again")
+        if found[part].numel() != 1 or not (torch.isfinite(found[part]) & (found[part] > 0)).all():
+            is_ = f"{list(found[part].shape)} {str(found[part].dtype).removeprefix('torch.')}"
+            raise QtoolError(f"model: {name}.{part} is {is_}, must be one finite scale above zero; export it again")
+    return CacheScales(scheme, found["k_scale"].view(1), found["v_scale"].view(1))
 
 
 def read_parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Reads linears in compressed-tensors' layouts, so that exports are judged by their own bytes.
 
 The layouts stand in qtool/formats/compressed_layouts.py. What is read: whole numbers by group or row, NVFP4, MXFP4, MXFP8, and
-FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); integer activations scaled per token.
+FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); integer activations scaled per token;
+key/value caches with one static scale for keys and one for values of a block.
 The linears of a mixture's experts stand one by one, gate and up apart, under the names of its dense checkpoints.
 Source: compressed-tensors 0.20, quantization/quant_args.py and compressors.
 """
@@ -13,10 +14,11 @@ import torch
 
 from qtool.errors import QtoolError
 from qtool.formats.compressed_layouts import PARTS, unpack
-from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.formats.kv_cache import CacheScales
+from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
-from qtool.model.readers import scheme_of
+from qtool.model.readers import scales_of_cache, scheme_of
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of scales that stand alone
 
@@ -46,11 +48,31 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
     return QuantizedTensor(codes, scale, zero, scheme.weights, of_tensor), scheme
 
 
+def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
+    """The scales of the attention `name`; None where the cache is as it was."""
+    check_config(config)
+    scheme = cache_scheme(config.get("kv_cache_scheme") or {})
+    return None if scheme is None else scales_of_cache(checkpoint, name, scheme)
+
+
+def cache_scheme(cache: dict[str, Any]) -> KvScheme | None:
+    """What a kv_cache_scheme means; None where that cannot be read."""
+    how = tuple(cache.get(key) for key in ("strategy", "symmetric", "dynamic"))
+    kind, bits = cache.get("type"), cache.get("num_bits")
+    if how != ("tensor", True, False) or not ((kind, bits) == ("float", 8) or (kind == "int" and bits in range(2, 9))):
+        return None
+    return KvScheme(bits=bits, format="e4m3" if kind == "float" else "int")
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Raise QtoolError for a quantization_config that changes more than the weights and inputs of linears."""
     where = "model: config.json's quantization_config"
-    if config.get("kv_cache_scheme"):
-        raise QtoolError(f"{where}: a quantized cache (kv_cache_scheme) cannot be read; quantize again without it")
+    cache = config.get("kv_cache_scheme")
+    if cache and cache_scheme(cache) is None:
+        raise QtoolError(
+            f"{where}: kv_cache_scheme: a cache of {cache.get('type')} {cache.get('num_bits')} bits, strategy "
+            f"{cache.get('strategy')}, cannot be read; one symmetric static scale for a tensor can, float of 8 bits or int"
+        )
     if (config.get("transform_config") or {}).get("config_groups"):
         raise QtoolError(f"{where}: rotations at run time (transform_config) cannot be read; quantize again without them")
     for key, group in (config.get("config_groups") or {}).items():

@@ -1,7 +1,8 @@
 """Reads linears in qtool's own layout, with all that stands beside their codes, experts of mixtures too.
 
     NAME.weight::facts, NAME.weight::codes, NAME.weight::scale ...    NAME.low_rank::left, NAME.low_rank::right ...
-See qtool/model/own_layout.py. quantization_config has the version alone; the facts of each linear say the rest.
+See qtool/model/own_layout.py. quantization_config has the version, and what a quantized cache is kept as; the facts of
+each linear say the rest.
 Source: qtool/methods/export/qtool.py.
 """
 
@@ -10,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import Scheme
+from qtool.formats.scheme import KvScheme, Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank
+from qtool.model.readers import scales_of_cache
 
 
 def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
@@ -33,6 +36,19 @@ def read_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> 
     """The low-rank factors of the linear `name`; None where it has none."""
     stored = _read(checkpoint, name, config)
     return None if stored is None else unpack_low_rank(stored, _tensors_of(checkpoint))
+
+
+def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
+    """The scales of the attention `name`; None where the cache is as it was."""
+    check_config(config)
+    if "cache" not in config:
+        return None
+    try:
+        scheme = KvScheme.model_validate(config["cache"])
+    except ValueError as error:
+        what = " ".join(str(error).split())[:200]
+        raise QtoolError(f"model: config.json's quantization_config: cache cannot be read ({what}); export it again") from error
+    return scales_of_cache(checkpoint, name, scheme)
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
 from qtool.options import ModelOptions
 
-TOKENS = torch.randint(2, 4096, (4, 24), generator=torch.Generator().manual_seed(0))
 SIZES = {
     "vocab_size": 4096,
     "bos_token_id": 0,
@@ -71,25 +70,14 @@ def parts_of() -> Callable[[Path, str], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def logits_of() -> Callable[[ModelHandle], torch.Tensor]:
-    """`logits_of(model)`: those of the model in memory for four windows of tokens."""
-
-    def run(model: ModelHandle) -> torch.Tensor:
-        with model.materialized() as module, torch.no_grad():
-            return module(TOKENS).logits
-
-    return run
-
-
-@pytest.fixture
-def reload() -> Callable[[Path], torch.Tensor]:
+def reload(windows: torch.Tensor) -> Callable[[Path], torch.Tensor]:
     """`reload(folder)`: logits by plain transformers, every key of the file and of the model accounted for."""
 
     def run(folder: Path) -> torch.Tensor:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert {kind: keys for kind, keys in info.items() if keys} == {}
         with torch.no_grad():
-            return model.eval()(TOKENS).logits
+            return model.eval()(windows).logits
 
     return run
 
