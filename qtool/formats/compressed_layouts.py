@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.packing import n_words, pack_int32, unpack_int32
-from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, to_groups
 
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale")
@@ -35,6 +35,7 @@ FLOATS = {
     ("e2m1", 32, "float8_e8m0fnu"): "mxfp4-pack-quantized",
     ("e4m3", 32, "float8_e8m0fnu"): "mxfp8-quantized",
 }
+FLOAT_INPUTS = ("e4m3", "mxfp4", "mxfp8_e4m3")  # the first scaled per token
 SIGN = 8  # the sign's bit in a code of E2M1
 STORED_SCALES = {"float8_e4m3fn": "torch.float8_e4m3fn", "float8_e8m0fnu": "torch.uint8"}
 
@@ -47,7 +48,8 @@ def layout_of(scheme: Scheme) -> str | None:
     if not has_plain_scales(weights):
         return FLOATS.get((weights.format, weights.group or 0, weights.scale_dtype))
     if weights.format == "int":
-        return "pack-quantized" if scheme.activations is None else "int-quantized"
+        has_int_inputs = scheme.activations is not None and scheme.activations.format == "int"
+        return "int-quantized" if has_int_inputs else "pack-quantized"
     return "float-quantized" if weights.format == "e4m3" else None
 
 
@@ -69,6 +71,33 @@ def weight_arguments(weights: WeightScheme) -> dict[str, Any]:
     if weights.scale_dtype == "float8_e4m3fn":
         arguments["strategy"] = "tensor_group"
     return arguments if has_plain_scales(weights) else arguments | {"scale_dtype": STORED_SCALES[weights.scale_dtype]}
+
+
+def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None:
+    """What a config group says of a linear's input; None where it has no word for it."""
+    per_token = {"num_bits": activations.bits, "symmetric": activations.symmetric, "strategy": "token", "dynamic": True}
+    if activations.format == "int" and activations.group is None:
+        return {"type": "int", **per_token}
+    word = str(activations)
+    if word in FLOAT_INPUTS[:1]:
+        return {"type": "float", **per_token}
+    block = {"strategy": "group", "group_size": 32, "scale_dtype": STORED_SCALES["float8_e8m0fnu"]}
+    return {"type": "float", **per_token, **block} if word in FLOAT_INPUTS else None
+
+
+def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:
+    """What `activation_arguments` were made of; None for what it does not make."""
+    bits, symmetric = arguments.get("num_bits"), arguments.get("symmetric")
+    if arguments.get("type") == "int" and bits in range(4, 9):
+        found = ActivationScheme(bits=bits, symmetric=bool(symmetric))
+    elif arguments.get("strategy") == "token":
+        found = ActivationScheme(format="e4m3", bits=8)
+    else:
+        format = "e4m3" if bits == 8 else "e2m1"
+        found = ActivationScheme.model_validate({"format": format, "group": 32, "scale_dtype": "float8_e8m0fnu"})
+    expected = activation_arguments(found)
+    assert expected is not None, f"{found} came from a config group"
+    return found if all(arguments.get(key) == value for key, value in expected.items() if key != "scale_dtype") else None
 
 
 # ---- from codes to tensors ----

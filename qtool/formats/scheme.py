@@ -66,6 +66,15 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
+# What may follow -a in a scheme's shorthand: how a linear's input is rounded.
+ACTIVATION_PRESETS: dict[str, dict[str, object]] = {
+    **{f"int{bits}": {"bits": bits} for bits in range(4, 9)},
+    "e4m3": {"format": "e4m3"},
+    "e5m2": {"format": "e5m2"},
+    **{name: fields for name, fields in PRESETS.items() if name.startswith("mx")},
+}
+
+
 class WeightScheme(Options):
     """Weights in groups along `in`, whole numbers or levels of a table."""
 
@@ -100,9 +109,7 @@ class WeightScheme(Options):
     @model_validator(mode="before")
     @classmethod
     def _fill_bits(cls, value: object) -> object:
-        if isinstance(value, dict) and (bits := bits_of(value.get("format"))) is not None:
-            return {"bits": bits, **value}
-        return value
+        return with_own_bits(value)
 
     @model_validator(mode="after")
     def _agree(self) -> "WeightScheme":
@@ -158,11 +165,48 @@ class WeightScheme(Options):
         return f"{kind}{group}{self.ending}"
 
 
-class ActivationScheme(Options):
-    """Integer activations, scaled per token at run time."""
+ActivationFormat = Literal["int", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
 
-    bits: int = Field(ge=4, le=8, description="bits per activation")
+
+class ActivationScheme(Options):
+    """Inputs of linears, rounded at run time, each token, or each group of a token's channels, by its own range."""
+
+    format: ActivationFormat = Field("int", description="int, or floats by exponent and mantissa bits")
+    bits: int = Field(ge=4, le=8, description="bits per activation; a float's own where the format is one")
+    group: int | None = Field(None, ge=8, description="neighbouring channels that share a scale; null: all of a token")
     symmetric: bool = Field(True, description="no zero points")
+    scale_dtype: Literal["float32", "float8_e8m0fnu"] = Field(
+        "float32", description="dtype of the scales; float8_e8m0fnu holds powers of two, as the microscaling formats have them"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_bits(cls, value: object) -> object:
+        return with_own_bits(value)
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ActivationScheme":
+        if (bits := bits_of(self.format)) not in (None, self.bits):
+            raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
+        if not self.symmetric and (self.format != "int" or self.scale_dtype != "float32"):
+            raise ValueError("zero points go with whole numbers and float32 scales alone; leave symmetric away")
+        return self
+
+    @property
+    def grid(self) -> IntegerGrid | CodebookGrid:
+        if self.format == "int":
+            return IntegerGrid(self.bits, self.symmetric, self.scale_dtype)
+        return CodebookGrid(self.format, self.scale_dtype)
+
+    def __str__(self) -> str:
+        """int8, e4m3, mxfp4, ..."""
+        for word, fields in ACTIVATION_PRESETS.items():
+            if self == ActivationScheme.model_validate(fields):
+                return word
+        group = "" if self.group is None else f"g{self.group}"
+        zeros = "" if self.symmetric else "-asym"
+        kind = f"int{self.bits}" if self.format == "int" else self.format
+        return f"{kind}{group}{zeros}{'' if self.scale_dtype == 'float32' else '-e8m0'}"
 
 
 class KvScheme(Options):
@@ -198,9 +242,10 @@ class Scheme(Shorthand):
         return parse_shorthand(word)
 
     def __str__(self) -> str:
-        if self.weights.format != "int" or self.weights.scale_dtype.startswith("float8"):
-            rest = "".join(f"-{kind}{part.bits}" for kind, part in (("a", self.activations), ("kv", self.kv)) if part)
-            return f"{self.weights}{rest}"
+        is_plain = self.activations is None or (self.activations.format, self.activations.group) == ("int", None)
+        if self.weights.format != "int" or self.weights.scale_dtype.startswith("float8") or not is_plain:
+            cache = "" if self.kv is None else f"-kv{self.kv.bits}"
+            return f"{self.weights}{'' if self.activations is None else f'-a{self.activations}'}{cache}"
         activations = 16 if self.activations is None else self.activations.bits
         kv = "" if self.kv is None else f"kv{self.kv.bits}"
         group = "" if self.weights.group is None else f"g{self.weights.group}"
@@ -236,32 +281,43 @@ class SchemeSelection(Selection):
 
 def parse_shorthand(text: str) -> dict[str, object]:
     """The long form of a shorthand; raises ValueError that shows the form."""
-    if text in PRESETS:
-        return {"weights": PRESETS[text]}
     head, *endings = text.split("-")
+    inputs = [word[1:] for word in endings if word[0:1] == "a" and word[1:] in ACTIVATION_PRESETS]
+    endings = [word for word in endings if word[0:1] != "a" or word[1:] not in ACTIVATION_PRESETS]
     bits: dict[str, int] = {}
     weights: dict[str, object] = {}
-    if match := POWER_SHORTHAND.fullmatch(head):
+    if head in PRESETS and not endings:
+        weights = dict(PRESETS[head])
+    elif match := POWER_SHORTHAND.fullmatch(head):
         weights = {"format": "power", "bits": int(match["bits"]), "group": _int_or_none(match["g"])}
     elif (match := TABLE_SHORTHAND.fullmatch(head)) and bits_of(match["format"]) is not None:
         weights = {"format": match["format"], "group": _int_or_none(match["g"])}
     elif match := SHORTHAND.fullmatch(head):
         bits = {name: int(value) for name, value in match.groupdict().items() if value}
         weights = {"bits": bits["w"], "group": bits.get("g")}
-    if not weights or not set(endings) <= set(ENDINGS):
+    if not weights or not set(endings) <= set(ENDINGS) or len(inputs) + (bits.get("a", 16) < 16) > 1:
         raise ValueError(
             f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]][-dq][-ic], such as w4a16g128, a '
             f"table with its group, such as nf4g64 ({', '.join((*LEVELS, *LATTICES))}), power<bits>[g<group>], or one of "
-            f"{', '.join(PRESETS)}"
+            f"{', '.join(PRESETS)}; then -a and how inputs are rounded: {', '.join(ACTIVATION_PRESETS)}"
         )
     for ending in endings:
         weights |= ENDINGS[ending]
     long: dict[str, object] = {"weights": weights}
     if bits.get("a", 16) < 16:
         long["activations"] = {"bits": bits["a"]}
+    for word in inputs:
+        long["activations"] = ACTIVATION_PRESETS[word]
     if bits.get("kv", 16) < 16:
         long["kv"] = {"bits": bits["kv"]}
     return long
+
+
+def with_own_bits(value: object) -> object:
+    """A scheme's fields with the bits that its format has by itself, where it states none."""
+    if isinstance(value, dict) and (bits := bits_of(value.get("format"))) is not None:
+        return {"bits": bits, **value}
+    return value
 
 
 def bits_of(format: object) -> int | None:

@@ -17,7 +17,7 @@ from qtool.formats.codebook import NEARLY_ZERO
 from qtool.formats.integer import Params
 from qtool.formats.scheme import ActivationScheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, Salient, assemble
-from qtool.layers.quant_linear import snap_per_token
+from qtool.layers.quant_linear import snap_inputs
 
 BINARY = WeightScheme(bits=1, symmetric=False, zero_dtype="float16", scale_dtype="float16")
 FLATTEST = 2.0**-10  # least alpha in units of mu: zero points then lie where float16 still has steps of 1/4
@@ -59,7 +59,7 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._activations is not None:
-            x = x + (snap_per_token(x, self._activations) - x).detach()
+            x = x + (snap_inputs(x, self._activations) - x).detach()
         return F.linear(x, self.weight_values().to(x.dtype), self.bias)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.formats.tensor import from_groups, to_groups
-from qtool.layers.quant_linear import QuantLinear, snap_per_token
+from qtool.layers.quant_linear import QuantLinear, snap_inputs
 from qtool.layers.rounded_linear import codes_of, soft_levels
 
 
@@ -34,7 +34,7 @@ class LearnedCodes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         params = replace(self._qt, scale=self.scale).params()
         W = soft_levels(self.places, self._qt.grid, params) * params.scale  # [out, groups, group]
-        x = x if self.activations is None else snap_per_token(x, self.activations)
+        x = x if self.activations is None else snap_inputs(x, self.activations)
         return F.linear(x, from_groups(W, self._qt.scheme).to(x.dtype), self.bias)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qtool.formats.codebook import EXPONENTS, PowerGrid
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
-from qtool.layers.quant_linear import snap_per_token
+from qtool.layers.quant_linear import snap_inputs
 
 
 class PowerLinear(nn.Module):
@@ -55,7 +55,7 @@ class PowerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._scheme.activations is not None:
-            x = x + (snap_per_token(x, self._scheme.activations) - x).detach()
+            x = x + (snap_inputs(x, self._scheme.activations) - x).detach()
         return F.linear(x, self.weight_values().to(x.dtype), self.bias)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """QuantLinear: a linear layer that keeps its weights as codes and decodes them when it is called.
 
-    y = Q_a(x) W^ᵀ + bias      W^ [out, in] = decode(codes)      Q_a: per-token rounding of x, where the scheme has one
+    y = Q_a(x) W^ᵀ + bias      W^ [out, in] = decode(codes)      Q_a: rounding of x, where the scheme has one
 With a low-rank part, A [out, rank] and B [rank, in]: y = Q_a(x) W^ᵀ + (Q_a(x) Bᵀ) Aᵀ + bias.
 Why the scale is a parameter: training may tune it while the codes stay.
 """
@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.formats.integer import IntegerGrid
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import ActivationScheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 
 
-def snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """x [..., in] rounded to the integer grid, one dynamic scale per token, in float32; returns x's dtype."""
-    grid = IntegerGrid(scheme.bits, scheme.symmetric, "float32")
-    wide = x.float()
-    return grid.snap(wide, grid.fit(wide)).to(x.dtype)
+def snap_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """x [..., in] rounded, each token or each group of its channels in its own range, in float32; returns x's dtype."""
+    grid, wide = scheme.grid, grouped_inputs(x.float(), scheme)
+    return grid.snap(wide, grid.fit(wide)).view(x.shape).to(x.dtype)
+
+
+def grouped_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """x [..., in] as [..., groups, group]; one group where the scheme has none."""
+    return x.reshape(*x.shape[:-1], -1, scheme.group or x.shape[-1])
 
 
 class QuantLinear(nn.Module):
@@ -81,7 +84,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations is not None:
-            x = snap_per_token(x, self.activations)
+            x = snap_inputs(x, self.activations)
         y = F.linear(x, self._decoded().to(x.dtype), self.bias)
         if (low_rank := self.low_rank) is not None:
             A, B = low_rank.factors()

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.formats.integer import IntegerGrid, Params
+from qtool.formats.integer import Params
 from qtool.formats.scheme import ActivationScheme, Grid, Scheme
 from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
+from qtool.layers.quant_linear import grouped_inputs
 
 
 class RoundedLinear(nn.Module):
@@ -44,7 +45,7 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._scheme.activations is not None:
-            x = soft_snap_per_token(x, self._scheme.activations)
+            x = soft_snap_inputs(x, self._scheme.activations)
         return F.linear(x, self.weight_values().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
@@ -85,13 +86,13 @@ def soft_levels(x: Tensor, grid: Grid, params: Params) -> Tensor:
     return straight_through(inside, levels)
 
 
-def soft_snap_per_token(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """`snap_per_token` of x [..., in], through whose rounding gradients reach x and each token's range; in x's dtype."""
-    grid, wide = IntegerGrid(scheme.bits, scheme.symmetric, "float32"), x.float()
-    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)  # [..., 1]
+def soft_snap_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """`snap_inputs` of x [..., in], through whose rounding gradients reach x and each range; in x's dtype."""
+    grid, wide = scheme.grid, grouped_inputs(x.float(), scheme)  # [..., groups, group]
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)  # [..., groups, 1]
     with torch.no_grad():
         stored = grid.fit_range(low, high)
-    return soft_snap(wide, grid, soft_params(grid, low, high, stored)).to(x.dtype)
+    return soft_snap(wide, grid, soft_params(grid, low, high, stored)).view(x.shape).to(x.dtype)
 
 
 def codes_of(x: Tensor, grid: Grid, params: Params) -> Tensor:

@@ -41,8 +41,7 @@ class ServedSchemes(Options):
     zero_dtypes: tuple[ZeroDtype, ...] = ("int",)
     scale_dtypes: tuple[ScaleDtype, ...] = PLAIN
     double_quant: tuple[bool, ...] = (False,)
-    activations: tuple[int, ...] = (16,)  # bits of a linear's input, 16: left alone
-    activations_symmetric: tuple[bool, ...] = (True,)
+    activations: tuple[str, ...] = ("none",)  # how a linear's input is rounded: none, int8, int8-asym, e4m3, mxfp4, ...
     in_multiple: int = 1
     out_multiple: int = 1
     dtypes: tuple[ModelDtype, ...] | None = None
@@ -52,7 +51,7 @@ class ServedSchemes(Options):
     def misfits(self, scheme: Scheme, shape: Shape, dtype: str, is_expert: bool) -> list[str]:
         """What keeps a linear of shape (out, in) from being served, each as what is and what must be; empty where nothing."""
         weights, (n_out, n_in) = scheme.weights, shape
-        a_bits = 16 if scheme.activations is None else scheme.activations.bits
+        inputs = "none" if scheme.activations is None else str(scheme.activations)
         group = weights.group or 0
         zeros = "none" if weights.symmetric else f"zero points, stored as {weights.zero_dtype}"
         may_zeros = [f"zero points, stored as {' or '.join(self.zero_dtypes)}"] if False in self.symmetric else []
@@ -77,11 +76,7 @@ class ServedSchemes(Options):
                 else "its scales are plain, must be quantized themselves (-dq)",
             ),
             (weights.group_along == "out_channel", "its groups lie along `out` (-ic), must lie along `in`"),
-            (a_bits in self.activations, f"its input has {a_bits} bits, must have {_or(self.activations)}"),
-            (
-                scheme.activations is None or scheme.activations.symmetric in self.activations_symmetric,
-                "its input's zero points are not served; make activations symmetric",
-            ),
+            (inputs in self.activations, f"of rounded inputs it has {inputs}, must have {_or(self.activations)}"),
             (scheme.kv is None, "its cache is quantized, which is a step of its own, quantize/kv_cache; leave kv out"),
             (n_in % self.in_multiple == 0, f"it has {n_in} inputs, must have a multiple of {self.in_multiple}"),
             (n_out % self.out_multiple == 0, f"it has {n_out} outputs, must have a multiple of {self.out_multiple}"),

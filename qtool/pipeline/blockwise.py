@@ -153,6 +153,11 @@ def check_selection(model: ModelHandle, method: Method, options: Selection) -> N
                     f"{method.key}: {name}: {shape[1]} columns do not divide into codes of {scheme.weights.grid.width}, which "
                     f"{scheme.weights.format} has; add it to ignore"
                 )
+            if scheme is not None and scheme.activations is not None and shape[1] % (scheme.activations.group or shape[1]):
+                raise QtoolError(
+                    f"{method.key}: {name}: {shape[1]} inputs do not divide into the groups of {scheme.activations.group} that "
+                    f"{scheme.activations} has; add it to ignore, or to modules with another scheme"
+                )
             if scheme is None or scheme.weights.group is None:
                 continue
             divided = shape[1] if scheme.weights.group_along == "out_channel" else shape[0]

@@ -31,6 +31,12 @@ SAME = {
     "e4m3": {"weights": {"format": "e4m3", "bits": 8}},
     "nvfp4": {"weights": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"}},
     "mxfp6_e3m2": {"weights": {"format": "e3m2", "group": 32, "scale_dtype": "float8_e8m0fnu"}},
+    "e4m3-ae4m3": {"weights": {"format": "e4m3"}, "activations": {"format": "e4m3"}},
+    "nf4g64-aint8": {"weights": {"format": "nf4", "group": 64}, "activations": {"bits": 8}},
+    "w4g128-amxfp8_e4m3": {
+        "weights": {"bits": 4, "group": 128},
+        "activations": {"format": "e4m3", "group": 32, "scale_dtype": "float8_e8m0fnu"},
+    },
     "mxint8": {"weights": {"bits": 8, "group": 32, "scale_dtype": "float8_e8m0fnu"}},
 }
 
@@ -49,7 +55,10 @@ def test_sixteen_bits_may_be_left_unsaid() -> None:
     assert Scheme.model_validate("w4g128") == Scheme.model_validate("w4a16kv16g128")
 
 
-@pytest.mark.parametrize("text", ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "w4-f16", "W4A16"])
+NO_SCHEMES = ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "w4-f16", "W4A16", "w4a8-ae4m3", "mxfp4-anf4"]
+
+
+@pytest.mark.parametrize("text", NO_SCHEMES)
 def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(ValidationError, match=r"write w<bits>a<bits>"):
         Scheme.model_validate(text)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import ActivationScheme, Scheme
+from qtool.formats.scheme import ACTIVATION_PRESETS, ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import quantize
-from qtool.layers.quant_linear import QuantLinear, snap_per_token
+from qtool.layers.quant_linear import QuantLinear, snap_inputs
 
 SCHEMES = ["w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16"]
 
@@ -74,11 +74,11 @@ def test_gradients_reach_the_scale_and_the_input() -> None:
 def test_activations_are_rounded_token_by_token(symmetric: bool) -> None:
     scheme = ActivationScheme(bits=4, symmetric=symmetric)
     x = inputs() * torch.tensor([1e-3, 1.0, 50.0, 7.0, 0.2]).view(1, 5, 1)
-    snapped = snap_per_token(x, scheme)
+    snapped = snap_inputs(x, scheme)
     for sample in range(2):
         for token in range(5):
             alone = x[sample, token]
-            assert torch.equal(snapped[sample, token], snap_per_token(alone, scheme))
+            assert torch.equal(snapped[sample, token], snap_inputs(alone, scheme))
             assert len(snapped[sample, token].unique()) <= 16
             span = float(alone.max().clamp(min=0) - alone.min().clamp(max=0))
             step = float(alone.abs().max()) / 7.5 if symmetric else span / 15
@@ -86,10 +86,34 @@ def test_activations_are_rounded_token_by_token(symmetric: bool) -> None:
             assert float((snapped[sample, token] - alone).abs().max()) <= step * (0.501 if symmetric else 1.001)
 
 
+@pytest.mark.parametrize("word", ["e4m3", "e5m2", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8"])
+def test_float_and_block_activations_are_those_of_weights_in_the_same_format(word: str) -> None:
+    """A matrix of tokens [tokens, in] is rounded as one of weights [out, in] is, with scales that nothing rounds."""
+    scheme = ActivationScheme.model_validate(ACTIVATION_PRESETS[word])
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 50, 7, 0.2, 0]).view(6, 1)
+    fields = {"format": scheme.format, "bits": scheme.bits, "group": scheme.group, "scale_dtype": scheme.scale_dtype}
+    expected = quantize(x, WeightScheme.model_validate(fields)).dequantize()
+    assert torch.equal(snap_inputs(x, scheme), expected)
+    assert torch.equal(snap_inputs(x[[3, 1]], scheme), expected[[3, 1]])  # whatever other tokens there are
+
+
+def test_products_of_whole_numbers_are_exact() -> None:
+    """w8a8 as an integer kernel computes it: codes multiplied in int64, scaled once at the end."""
+    rounded, x = layer("w8a8", ActivationScheme(bits=8)), inputs().double()
+    grid = ActivationScheme(bits=8).grid
+    params = grid.fit(inputs().flatten(0, 1).unsqueeze(1))
+    codes = grid.encode(inputs().flatten(0, 1).unsqueeze(1), params).squeeze(1).long()  # [tokens, in]
+    W = rounded.qt  # codes [out, in], scale [out, 1]
+    sums = codes @ W.codes.long().T  # [tokens, out], exact
+    expected = sums.double() * params.scale.squeeze(1).double() * W.scale.double().T
+    found = rounded.double()(x).flatten(0, 1) - (0 if rounded.bias is None else rounded.bias.double())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_layer_with_an_activation_scheme_rounds_its_input_first() -> None:
     scheme = ActivationScheme(bits=8)
     rounded, plain = layer("w8a8", scheme), layer("w8a8")
-    assert torch.equal(rounded(inputs()), plain(snap_per_token(inputs(), scheme)))
+    assert torch.equal(rounded(inputs()), plain(snap_inputs(inputs(), scheme)))
     assert not torch.equal(rounded(inputs()), plain(inputs()))
 
 
@@ -131,7 +155,7 @@ def test_a_low_rank_part_adds_its_product_to_the_decoded_weights(dtype: str) -> 
 
 def test_a_low_rank_part_sees_the_rounded_input_that_the_codes_see() -> None:
     scheme = ActivationScheme(bits=4)
-    assert torch.equal(compensated("bfloat16", scheme)(inputs()), compensated("bfloat16")(snap_per_token(inputs(), scheme)))
+    assert torch.equal(compensated("bfloat16", scheme)(inputs()), compensated("bfloat16")(snap_inputs(inputs(), scheme)))
 
 
 def test_a_low_rank_part_works_in_the_dtype_of_its_input() -> None:

@@ -5,8 +5,8 @@ import torch
 
 from qtool.formats.scheme import ActivationScheme, Scheme
 from qtool.formats.tensor import quantize, to_groups
-from qtool.layers.quant_linear import snap_per_token
-from qtool.layers.rounded_linear import RoundedLinear, group_values, soft_snap_per_token
+from qtool.layers.quant_linear import snap_inputs
+from qtool.layers.rounded_linear import RoundedLinear, group_values, soft_snap_inputs
 
 SCHEMES = ["w4a16g16", "w2a16g16-asym", "w3a16", "nf4g16", "mxfp4", "nvfp4"]
 
@@ -80,8 +80,8 @@ def test_inputs_are_rounded_per_token_and_the_gradient_shrinks_the_largest() -> 
     """x^ = scale level, scale = max |x| / 7.5; d x^ / d scale = level - x / scale, or the level where clipped."""
     scheme = ActivationScheme(bits=4)
     x = torch.tensor([[0.3, -3.0, 1.1], [0.02, 0.5, -0.9]], requires_grad=True)
-    found, scale = soft_snap_per_token(x, scheme), torch.tensor([[3.0], [0.9]]) / 7.5
-    assert torch.allclose(found, snap_per_token(x.detach(), scheme), atol=1e-6)
+    found, scale = soft_snap_inputs(x, scheme), torch.tensor([[3.0], [0.9]]) / 7.5
+    assert torch.allclose(found, snap_inputs(x.detach(), scheme), atol=1e-6)
     (gradient,) = torch.autograd.grad(found.sum(), x)
     level, ratio = found.detach() / scale, x.detach() / scale
     clipped = (ratio < -8) | (ratio > 7)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtool import registry
-from qtool.formats.scheme import Scheme
+from qtool.formats.scheme import ACTIVATION_PRESETS, Scheme
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import head_name
@@ -72,15 +72,19 @@ def test_what_is_said_to_run_is_among_the_checks_of_the_exports(export: str) -> 
     assert f'"{export}"' in checks.read_text(encoding="utf-8")
 
 
+def inputs_of(word: str) -> dict[str, object] | None:
+    """The activation scheme that the table calls so."""
+    plain = word.removesuffix("-asym")
+    return None if word == "none" else ACTIVATION_PRESETS[plain] | {"symmetric": plain == word}
+
+
 def spelled_out(served: ServedSchemes) -> Iterator[Scheme]:
     """Every scheme of a row; of those that name no groups, some."""
     multiple = served.group_multiple
     groups = served.groups or (0, max(16 // multiple, 1) * multiple, max(64 // multiple, 1) * multiple)
     zeros = [(True, "int")] * (True in served.symmetric)
     zeros += [(False, dtype) for dtype in served.zero_dtypes] * (False in served.symmetric)
-    inputs: list[object] = [None] * (16 in served.activations)
-    quantized = itertools.product((bits for bits in served.activations if bits < 16), served.activations_symmetric)
-    inputs += [{"bits": bits, "symmetric": symmetric} for bits, symmetric in quantized]
+    inputs = [inputs_of(word) for word in served.activations]
     fields = itertools.product(served.bits, groups, zeros, served.scale_dtypes, served.double_quant, inputs)
     for bits, group, (symmetric, zero_dtype), scale_dtype, double_quant, activations in fields:
         if double_quant and scale_dtype != "float32":
@@ -153,8 +157,8 @@ def test_other_architectures_are_refused(llama: ModelHandle) -> None:
         ("w4a16g32-dq", {}, "its scales are quantized themselves (-dq), must be plain"),
         ("w4a16g32", {"double_quant": (True,)}, "its scales are plain, must be quantized themselves (-dq)"),
         ("w4a16g32-ic", {}, "its groups lie along `out` (-ic), must lie along `in`"),
-        ("w4a8g32", {}, "its input has 8 bits, must have 16"),
-        ("w4a16g32", {"activations": (4, 8)}, "its input has 16 bits, must have 4 or 8"),
+        ("w4a8g32", {}, "of rounded inputs it has int8, must have none"),
+        ("w4a16g32", {"activations": ("int4", "int8")}, "of rounded inputs it has none, must have int4 or int8"),
         ("w4a16kv8g32", {}, "its cache is quantized"),
         ("w4a16g32", {"dtypes": ("float16",)}, "the model is in bfloat16, must be in float16"),
     ],
@@ -174,7 +178,7 @@ def test_asymmetric_inputs_are_served_where_the_table_says_so(llama: ModelHandle
     schemes = dict.fromkeys(schemes_of(llama, others="w8a8"), scheme)
     refused = {entry.runtime: why for entry, why in servings("compressed_tensors", llama, schemes)}
     assert refused["vllm"] is None
-    assert "its input's zero points are not served; make activations symmetric" in str(refused["sglang"])
+    assert "of rounded inputs it has int8-asym, must have int8" in str(refused["sglang"])
 
 
 def test_the_nearest_row_of_the_same_format_gives_the_reason(llama: ModelHandle) -> None:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
-from qtool.formats.compressed_layouts import decode, has_plain_scales, layout_of, pack, weight_arguments
+from qtool.formats.compressed_layouts import activation_arguments, decode, has_plain_scales, layout_of, pack, weight_arguments
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
@@ -108,6 +108,11 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
                 f"{WHERE}: {name}: {scheme}: this export holds whole numbers and e4m3 with plain scales, nvfp4, mxfp4 and "
                 "mxfp8_e4m3; quantize so, or use export/safetensors"
             )
+        if scheme.activations is not None and activation_arguments(scheme.activations) is None:
+            raise QtoolError(
+                f"{WHERE}: {name}: {scheme}: this export can say of inputs that they are whole numbers or e4m3, scaled per "
+                "token, mxfp4 or mxfp8_e4m3; quantize so, or use export/qtool"
+            )
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: write quantize/kv_cache as a step, and leave kv{scheme.kv.bits} out")
     experts = [name for name in model.linear_names() if EXPERT.fullmatch(name)]
@@ -169,14 +174,7 @@ def group_config(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "format": layout_of(scheme),
         "targets": targets,
         "weights": weight_arguments(scheme.weights),
-        "input_activations": activations
-        and {
-            "num_bits": activations.bits,
-            "type": "int",
-            "symmetric": activations.symmetric,
-            "strategy": "token",
-            "dynamic": True,
-        },
+        "input_activations": activations and activation_arguments(activations),
         "output_activations": None,
     }
 

@@ -90,7 +90,7 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Torch
         if scheme.kv is not None:
             raise QtoolError(f"{where}: a cache cannot be held; leave kv{scheme.kv.bits} out")
         if (activations := scheme.activations) is not None:
-            if (activations.bits, activations.symmetric) != (8, True):
+            if str(activations) != "int8":
                 raise QtoolError(f"{where}: activations have 8 bits and no zero points here; quantize to w8a8 or w8a16")
             if weights.group is not None:
                 raise QtoolError(f"{where}: activations go with whole rows here; quantize to w8a8, or to w8a16g{weights.group}")

@@ -80,7 +80,7 @@ def scheme_of(
     group: int | None,
     symmetric: bool,
     scale_dtype: torch.dtype,
-    activations: dict[str, Any] | None = None,
+    activations: ActivationScheme | None = None,
     format: str = "int",
 ) -> Scheme:
     """The scheme of the linear `name` as its checkpoint states it; raises QtoolError for one out of range."""
@@ -95,7 +95,7 @@ def scheme_of(
                     "scale_dtype": SCALE_NAMES[scale_dtype],
                 }
             ),
-            activations=activations and ActivationScheme(bits=activations["num_bits"], symmetric=activations["symmetric"]),
+            activations=activations,
         )
     except ValueError as error:  # a number of bits, or a group, out of range
         raise QtoolError(f"model: {name}: its scheme cannot be read: {' '.join(str(error).splitlines()[1:3])}") from error

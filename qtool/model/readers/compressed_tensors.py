@@ -1,7 +1,7 @@
 """Reads linears in compressed-tensors' layouts, so that exports are judged by their own bytes.
 
 The layouts stand in qtool/formats/compressed_layouts.py. What is read: whole numbers by group or row, NVFP4, MXFP4, MXFP8, and
-FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); integer activations scaled per token;
+FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); activations rounded at run time;
 key/value caches with one static scale for keys and one for values of a block.
 The linears of a mixture's experts stand one by one, gate and up apart, under the names of its dense checkpoints.
 Source: compressed-tensors 0.20, quantization/quant_args.py and compressors.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
-from qtool.formats.compressed_layouts import PARTS, unpack
+from qtool.formats.compressed_layouts import PARTS, activation_scheme, unpack
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
@@ -95,12 +95,17 @@ def _read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> S
             f"model: {name}: {weights['type']} {weights['strategy']} weights of {weights['num_bits']} bits with {words} scales "
             "cannot be read; int group or channel without reordering, NVFP4, MXFP4, MXFP8 and FP8 can"
         )
-    if activations and (activations["type"], activations.get("strategy"), activations["dynamic"]) != ("int", "token", True):
-        raise QtoolError(f"model: {name}: only int activations scaled per token at run time (dynamic) can be read")
+    inputs = activation_scheme(activations) if activations else None
+    if activations and inputs is None:
+        raise QtoolError(
+            f"model: {name}: activations of {activations.get('type')} {activations.get('num_bits')} bits by "
+            f"{activations.get('strategy')} cannot be read; int and float of 8 bits per token, and MX ones, can where they are "
+            "dynamic"
+        )
     if group.get("output_activations"):
         raise QtoolError(f"model: {name}: quantized outputs (output_activations) cannot be read, quantized inputs can")
     group_size = weights["group_size"] if "group" in weights["strategy"] else None
-    return scheme_of(name, weights["num_bits"], group_size, weights["symmetric"], scale_dtype, activations, format)
+    return scheme_of(name, weights["num_bits"], group_size, weights["symmetric"], scale_dtype, inputs, format)
 
 
 def _number_format(weights: dict[str, Any], stored: torch.dtype) -> tuple[str | None, torch.dtype]:

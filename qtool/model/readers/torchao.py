@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
-from qtool.formats.scheme import Scheme
+from qtool.formats.scheme import ActivationScheme, Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.readers import SCALE_NAMES, read_parts, scheme_of
@@ -50,7 +50,7 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
     return QuantizedTensor(codes, scale, None, scheme.weights), scheme
 
 
-def setting_of(config: dict[str, Any]) -> tuple[int | None, dict[str, Any] | None]:
+def setting_of(config: dict[str, Any]) -> tuple[int | None, ActivationScheme | None]:
     """The group, None for a whole row, and what activations have; raises QtoolError for what cannot be read."""
     where = "model: config.json's quantization_config"
     chosen = (config.get("quant_type") or {}).get("default") or {}
@@ -65,4 +65,4 @@ def setting_of(config: dict[str, Any]) -> tuple[int | None, dict[str, Any] | Non
     if mapping != "SYMMETRIC":
         raise QtoolError(f"{where}: {mapping} activations (act_mapping_type) cannot be read, SYMMETRIC ones can")
     group = int(details["group_size"]) if per == "PerGroup" else None
-    return group, {"num_bits": 8, "symmetric": True} if kind == DYNAMIC else None
+    return group, ActivationScheme(bits=8) if kind == DYNAMIC else None

@@ -191,7 +191,7 @@ def test_the_library_gives_transformers_modules_with_unpacked_zero_points() -> N
     assert packed("meta") == (64, 2)  # what is read into; once this is mended, `dequantize` need not be written
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8g32-asym", "w4a8g32", "w4a6-asym"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8g32-asym", "w4a8g32", "w4a6-asym", "e4m3-ae4m3"])
 def test_transformers_computes_the_same_with_quantized_activations(
     export: Export,
     scheme: str,
@@ -448,7 +448,7 @@ def test_the_artifact_counts_and_digests_every_file(
         ("mixtral", "mxfp8_e4m3", r"experts are mxfp8_e4m3; .* whole numbers such as w4a16g128 or mxfp4"),
         ("mixtral", {"experts.down.*": "w8a16", "experts.*": "w4a16g32"}, r"experts are w4a16g32, w8a16; "),
         ("mixtral", {"experts.*.0": "w4a16g32"}, r"experts are left dense, w4a16g32; "),
-        ("llama", "w4a16kv8g32", r"w4a16kv8g32: a cache cannot be held; leave kv8 out"),
+        ("llama", "w4a16kv8g32", r"w4a16kv8g32: write quantize/kv_cache as a step, and leave kv8 out"),
         ("llama", "w4a16g32-asymf16", "w4a16g32-asymf16: zero points must be codes, as in w4a16g128-asym"),
         ("llama", "nf4g32", "nf4g32: this export holds whole numbers and e4m3 with plain scales, nvfp4, mxfp4 and mxfp8_e4m3"),
         ("llama", "mxfp6_e2m3", "mxfp6_e2m3: this export holds .*; quantize so, or use export/safetensors"),
