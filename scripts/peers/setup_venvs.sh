@@ -37,17 +37,13 @@ for requirement in auto-round==0.16.1 bitsandbytes==0.50.2 hqq==0.2.8.post1 nvid
     install "peer-${tool#nvidia-}" "$torch" "${common[@]}" "${latest[@]}" requests==2.34.2 "$requirement"  # modelopt imports requests
 done
 
-# onnxruntime needs nothing of these; what checks it holds tensors in torch.
-install peer-onnxruntime "$torch"
-install peer-onnxruntime "$torch" numpy==2.4.6 safetensors==0.8.0 onnxruntime==1.31.1
-# What loads exports and quantizes nothing here: transformers 4, the last to read HQQ checkpoints, and mlx-lm, on CPUs too.
+# What loads exports and quantizes nothing here: transformers 4, the last to read HQQ checkpoints, and those without torch:
+# mlx-lm, on CPUs too, onnxruntime, and llama.cpp, which is compiled, in minutes.
 install peer-hqq-transformers-4 "$torch"
 install peer-hqq-transformers-4 "$torch" accelerate==1.15.0 numpy==2.4.6 safetensors==0.8.0 huggingface_hub==0.36.2 \
     tokenizers==0.22.2 transformers==4.57.6 hqq==0.2.8.post1
-install peer-mlx "$torch"
-install peer-mlx "$torch" numpy==2.4.6 safetensors==0.8.0 tokenizers==0.23.3 "${latest[@]}" "mlx[cpu]==0.32.4" mlx-lm==0.32.2
-
-# llama.cpp is compiled, in minutes; it reads files and needs no torch.
+install peer-mlx numpy==2.4.6 safetensors==0.8.0 tokenizers==0.23.3 "${latest[@]}" "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+install peer-onnxruntime numpy==2.4.6 onnxruntime==1.31.1
 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF" install peer-llama-cpp llama-cpp-python==0.3.36 numpy==2.4.6
 
 for tool in llmcompressor gptqmodel auto-round bitsandbytes hqq nvidia-modelopt torchao; do
