@@ -1,0 +1,80 @@
+"""Attention weights of one block, from an eager forward of that block alone.
+
+Other forwards never hold them: the fused kernels return outputs only. Of a copy of one block in memory the implementation
+is set to `eager`, which returns its weights beside its output in every family that follows transformers' interface; masks
+are those that the model itself makes for `eager`, recorded once.
+A block that gives none (state spaces, linear attention, code of a model's own), or whose eager output is not what the block
+computes otherwise, is told apart: then there are no attention weights, and the reason is said.
+Memory: one window's weights, heads · length² numbers a block.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.model.handle import Block, ModelHandle
+
+TOLERANCE = 0.05  # of what the block adds to its input, relative: two orders of rounding bfloat16 sums differ by far less
+
+
+class EagerAttention:
+    """Knows how the model calls its blocks on windows of one length where attention is eager."""
+
+    def __init__(self, model: ModelHandle, length: int) -> None:
+        before, model.calls = model.calls, {}
+        try:
+            with eager(model.model):
+                model.record_calls((1, length))
+            self._calls = model.calls[1, length]
+        finally:
+            model.calls = before
+
+    @torch.no_grad()
+    def weights(self, block: Block, window: Tensor) -> list[Tensor] | str:
+        """Weights [heads, length, length] of each attention in the block for window [1, length, hidden], or why there are none."""
+        found: list[Tensor] = []
+        length = window.shape[1]
+
+        def keep(module: nn.Module, args: object, out: object) -> None:
+            for value in out if isinstance(out, tuple) else ():
+                if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length):
+                    found.append(value[0])
+
+        hooks = [module.register_forward_hook(keep) for module in block.module.modules() if module is not block.module]
+        args, kwargs = self._calls[block.index]
+        x = window.to(block.device)
+        try:
+            with eager(block.module):
+                out = block.module(x, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not found:
+            return "its forward returns no attention weights, even where attention is eager"
+        out = out[0] if isinstance(out, tuple) else out
+        expected = block.call(x)
+        change = float((out - expected).float().norm() / (expected - x).float().norm().clamp(min=1e-30))
+        if not change <= TOLERANCE:
+            return f"its eager attention gives another output (relative change {change:.1e}), so its weights are not those in use"
+        return found
+
+
+@contextlib.contextmanager
+def eager(root: nn.Module) -> Iterator[None]:
+    """Inside, attention of all modules under root is eager."""
+    configs: dict[int, Any] = {}
+    for module in root.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) is not None:
+            configs[id(config)] = config
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
