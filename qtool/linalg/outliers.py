@@ -2,7 +2,7 @@
 
     activation outlier   |x_tj| > 1000 · mean |x|                        x [tokens, channels], one window after one block
     massive activation   |x_tj| > 100 and |x_tj| > 1000 · median |x|
-    emergent feature     channel j with |x_tj| >= 6 in 25 % of all blocks and for 6 % of all tokens
+    emergent feature     channel j with |x_tj| >= 6 in 25 % of all layers and for 6 % of all tokens      x after a norm
     weight outlier       row or column of W whose largest weight is over 10 times the median row's or column's largest one
     attention outlier    key k with mean over heads of sum_q A[q, k] >= 0.1 · length           A [heads, queries, keys]
     kurtosis             E (x - m)⁴ / (E (x - m)²)², Pearson's: 3 is normal, 6 Laplace; not lessened by 3
@@ -39,9 +39,9 @@ def massive_activations(x: Tensor) -> Tensor:
 
 
 def emergent_features(share: Tensor) -> Tensor:
-    """Channels [channels] bool that are large in enough blocks and for enough tokens.
+    """Channels [channels] bool that are large in enough layers and for enough tokens.
 
-    share [blocks, channels] of tokens at which the channel's magnitude is FEATURE or more.
+    share [layers, channels] of tokens at which the channel's magnitude is FEATURE or more.
     """
     return ((share > 0).float().mean(0) >= OF_LAYERS) & (share.mean(0) >= OF_TOKENS)
 

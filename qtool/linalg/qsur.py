@@ -4,7 +4,7 @@
     V_X  = v_d c^(d/2) √det Σ,   v_d = π^(d/2) / Γ(d/2 + 1),   c the quantile of χ²_d:  the ellipsoid that holds a share of x
     V_box = (max_j (μ_j + r_j) - min_j (μ_j - r_j))^d,   r_j = √(c Σ_jj):              one range for all channels
 Where μ = 0, c cancels:  QSUR = v_d √det Σ / (2^d max_j Σ_jj^(d/2)).
-Rotations keep det Σ and change the diagonal: the best makes all Σ_jj = tr Σ / d. Whitening reaches v_d / 2^d, the most there is.
+Rotations keep det Σ and change the diagonal: the best makes all Σ_jj = tr Σ / d. Whitening reaches v_d / 2^d, the most of all.
 All functions give the d-th root of QSUR, as the source's figure 3 does: QSUR itself is 0 in floating point from d = 100 on.
 Source: Hu et al. 2025, arXiv:2501.13987 (OSTQuant), section 3. Differs: r_j is the ellipsoid's true extent. The source takes
 the end points of the longest axis alone, r = √(c λ₁) |q₁|, which leaves the box too small; `extent="paper"` does the same.
@@ -67,7 +67,8 @@ def log_ball(d: int) -> float:
 def longest_axis(S: Tensor) -> Tensor:
     """√λ₁ |q₁| [in] of S [in, in]: how far the end of its ellipsoid's longest axis lies out in each channel."""
     values, vectors = torch.linalg.eigh(S)
-    return values[-1].sqrt() * vectors[:, -1].abs()
+    axis: Tensor = values[-1].sqrt() * vectors[:, -1].abs()
+    return axis
 
 
 def chi_square_quantile(d: int, share: float) -> float:

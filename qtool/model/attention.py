@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qtool.model.handle import Block, ModelHandle
 
-TOLERANCE = 0.05  # of what the block adds to its input, relative: two orders of rounding bfloat16 sums differ by far less
+TOLERANCE = 0.05  # of what the block adds to its input, relative; sums of bfloat16 in another order differ by a tenth of it
 
 
 class EagerAttention:
@@ -34,7 +34,7 @@ class EagerAttention:
 
     @torch.no_grad()
     def weights(self, block: Block, window: Tensor) -> list[Tensor] | str:
-        """Weights [heads, length, length] of each attention in the block for window [1, length, hidden], or why there are none."""
+        """Weights [heads, length, length] of each attention, for window [1, length, hidden]; or why the block gives none."""
         found: list[Tensor] = []
         length = window.shape[1]
 
@@ -58,7 +58,7 @@ class EagerAttention:
         expected = block.call(x)
         change = float((out - expected).float().norm() / (expected - x).float().norm().clamp(min=1e-30))
         if not change <= TOLERANCE:
-            return f"its eager attention gives another output (relative change {change:.1e}), so its weights are not those in use"
+            return f"its eager attention gives another output (relative change {change:.1e}), so these are not its weights"
         return found
 
 

@@ -190,7 +190,8 @@ def curves_by_block(rows: Iterable[Row], field: str, worse: Callable[[float, flo
         place, value = re.search(r"\.(\d+)\.(.+)", row["name"]), row.get(field)
         if place is not None and value is not None and math.isfinite(value) and (value > 0 or not is_log):
             curve = curves.setdefault(re.sub(r"\.\d+", ".#", place[2]), {})
-            curve[int(place[1])] = worse(value, curve.get(int(place[1]), value))
+            block = int(place[1])
+            curve[block] = worse(value, curve[block]) if block in curve else value
     return curves
 
 
