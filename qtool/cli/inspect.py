@@ -34,7 +34,7 @@ def inspect(
 
     Writes inspect.json, with every number, and inspect.html, with curves over the blocks.
     """
-    folder = out or Path("runs") / f"inspect-{Path(model).name}"
+    folder = out or Path("runs") / f"inspect-{Path(model).resolve().name}"
     with interruptible("nothing is kept of it"):
         with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
             from qtool.calibration.tokens import TextOptions  # here, because they import torch

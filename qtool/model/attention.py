@@ -35,13 +35,14 @@ class EagerAttention:
     @torch.no_grad()
     def weights(self, block: Block, window: Tensor) -> list[Tensor] | str:
         """Weights [heads, length, length] of each attention, for window [1, length, hidden]; or why the block gives none."""
-        found: list[Tensor] = []
+        found: list[Tensor] = []  # [1, heads, length, length] each
         length = window.shape[1]
 
         def keep(module: nn.Module, args: object, out: object) -> None:
             for value in out if isinstance(out, tuple) else ():
-                if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length):
-                    found.append(value[0])
+                is_new = isinstance(value, Tensor) and not any(value is one for one in found)  # wrappers pass it on
+                if is_new and value.ndim == 4 and value.shape[-2:] == (length, length):
+                    found.append(value)
 
         hooks = [module.register_forward_hook(keep) for module in block.module.modules() if module is not block.module]
         args, kwargs = self._calls[block.index]
@@ -52,14 +53,19 @@ class EagerAttention:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not found:
+        if not found or not all(is_distribution(A) for A in found):
             return "its forward returns no attention weights, even where attention is eager"
         out = out[0] if isinstance(out, tuple) else out
         expected = block.call(x)
         change = float((out - expected).float().norm() / (expected - x).float().norm().clamp(min=1e-30))
         if not change <= TOLERANCE:
             return f"its eager attention gives another output (relative change {change:.1e}), so these are not its weights"
-        return found
+        return [A[0] for A in found]
+
+
+def is_distribution(A: Tensor) -> bool:
+    """Whether A [..., keys] could be attention: nothing negative, and no query gives away more than it has."""
+    return bool((A >= 0).all() and (A.sum(-1, dtype=torch.float32) <= 1 + TOLERANCE).all())
 
 
 @contextlib.contextmanager

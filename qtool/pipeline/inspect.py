@@ -3,8 +3,9 @@
 After every block: massive activations and activation outliers, with their tokens and channels; sinks of its attention.
 Of every linear: its input's outliers, kurtosis and QSUR; its weights' outliers, kurtosis, QSUR and generalised Gaussian.
 The definitions stand in linalg/outliers.py, linalg/qsur.py and linalg/generalized_gaussian.py.
-Memory: one block, the activations before and after it, one [in, in] matrix of each group of linears that share an input, and
-one window's attention weights. Of activations only sums, largest ones and marks per token stay.
+Memory: one block, the activations before and after it, one [in, in] matrix of each group of linears that share an input, one
+window's attention weights, and one linear's weights in float32 a few times. Of activations only sums, the largest ones and a
+mark per token stay.
 QSUR is shown as its share of the most that as many channels can have: linears of any width compare, and 1 is the best.
 """
 
@@ -340,7 +341,7 @@ def weight_facts(W: Tensor) -> tuple[dict[str, list[int]], Row]:
             {"index": place, "reach": value, "peak": float(peak[place])}
             for value, place in zip(values.tolist(), places.tolist(), strict=True)
         ]
-        row[f"weight_peak_{side}"] = float(peak.max())
+        row[f"weight_peak_{side}"] = {"index": int(peak.argmax()), "peak": float(peak.max())}
     row["weight_reach"] = max(row[f"weight_largest_{side}"][0]["reach"] for side in lines)
     kurtosis = outliers.kurtosis(W)
     shape = fit_shape(W - W.mean()) if kurtosis is not None else None

@@ -20,6 +20,7 @@ from qtool.calibration.tokens import ASSETS, TextOptions
 from qtool.errors import QtoolError
 from qtool.linalg.qsur import most
 from qtool.model.handle import ModelHandle
+from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
 from qtool.pipeline.inspect import Inspection, inspect_model, summarize, worst
 from qtool.progress import Silent
@@ -161,6 +162,18 @@ def test_an_expert_that_no_token_reaches_is_said_and_has_weights_alone(tiny_mode
     assert found["notes"] == [note for note in found["notes"] if note.startswith(f"{len(unreached)} linears got no token")]
     kind = {row["kind"]: row for row in summarize(found["linears"])}["mlp.experts.down.#"]
     assert kind["count"] == 16 and kind["reached"] == 16 - len(unreached) // 2
+
+
+def test_of_a_quantized_model_the_values_of_its_codes_are_inspected(
+    tiny_model: Callable[..., Path], quantized: Callable[..., ModelHandle]
+) -> None:
+    model = quantized(tiny_model("llama"), "w4a16g32")
+    found = Inspection(model, tokens(2, 8)).carry_out(Silent())
+    W = weight_of(model.block(1).get("model.layers.1.self_attn.q_proj"))
+    row = linear(found, "layers.1.self_attn.q_proj")
+    assert row["weight_largest"] == float(W.abs().max()) and len(W[0, :32].unique()) <= 16
+    peak = W.abs().amax(0) / W.abs().mean(0)
+    assert row["weight_peak_columns"] == {"index": int(peak.argmax()), "peak": pytest.approx(float(peak.max()))}
 
 
 def test_a_tied_head_is_inspected_as_the_embedding_that_it_is(tiny_model: Callable[..., Path]) -> None:
