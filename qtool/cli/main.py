@@ -17,6 +17,7 @@ from qtool.cli.doctor import doctor
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
 from qtool.cli.init import init
+from qtool.cli.inspect import inspect
 from qtool.cli.methods import methods
 from qtool.cli.plan import plan
 from qtool.cli.run import run
@@ -29,6 +30,7 @@ from qtool.errors import QtoolError
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan,
+    "inspect": inspect,
     "stream": stream,
     "eval": evaluate,
     "export": export,

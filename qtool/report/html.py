@@ -7,7 +7,7 @@ is escaped, and the page's own policy forbids it to load or run anything.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qtool.model.store import write_text
 
 Row = dict[str, Any]  # an entry of results.json
 Cell = str | float | None | tuple[float, float]  # a pair: a number, and the one that would fill the cell with its bar
+Curves = dict[str, dict[int, float]]  # name: block: value
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is loaded, nothing runs
 COLORS = 8  # of the chart's lines, --c0 to --c7; kinds beyond them are dashed
@@ -53,12 +54,17 @@ i { display: inline-block; width: 1.2rem; margin-right: .35rem; vertical-align: 
 def write_report(path: Path, results: Row, recipe: str) -> None:
     """Write the page of a finished run: what results.json holds, and the resolved recipe."""
     model, css = escape(results["model"]["path"]), "good" if results["status"] == "done" else "bad"
-    head = (
-        f"<meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{POLICY}\">"
-        f"<meta name='viewport' content='width=device-width'><title>qtool: {model}</title><style>{STYLE}</style>"
-    )
     body = f"<h1>{model} <span class='{css}'>{escape(results['status'])}</span></h1>{''.join(_sections(results))}"
     body += f"<h2>Recipe</h2><p class='soft'>SHA-256 {escape(results['digest'])}</p><pre>{escape(recipe)}</pre>"
+    write_page(path, results["model"]["path"], body)
+
+
+def write_page(path: Path, name: str, body: str) -> None:
+    """Write a page about the model of that name; body is markup."""
+    head = (
+        f"<meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{POLICY}\">"
+        f"<meta name='viewport' content='width=device-width'><title>qtool: {escape(name)}</title><style>{STYLE}</style>"
+    )
     write_text(path, f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n")
 
 
@@ -72,24 +78,24 @@ def _sections(results: Row) -> Iterator[str]:
         subjects = dict.fromkeys(row["subject"] for row in results["metrics"])
         shown = [[_with_error(rows[s]) if s in rows else "" for s in subjects] for rows in metrics.values()]
         rows = [(*key, *values) for key, values in zip(metrics, shown, strict=True)]
-        yield "<h2>Quality</h2>" + _table(("metric", "dataset", "unit", *subjects), rows)
+        yield "<h2>Quality</h2>" + table(("metric", "dataset", "unit", *subjects), rows)
     if results["gates"]:
         said = {True: "passed", False: "FAILED"}
         gates = [(said[g["passed"]], g["metric"], g["subject"], g["limit"], g["allowed"], g["value"]) for g in results["gates"]]
-        yield "<h2>Gates</h2>" + _table(("", "metric", "subject", "limit", "allowed", "value"), gates)
+        yield "<h2>Gates</h2>" + table(("", "metric", "subject", "limit", "allowed", "value"), gates)
     if results["fallbacks"]:
         lines = [(text,) for text in results["fallbacks"]]
-        yield f"<h2 class='bad'>Fallbacks: {len(lines)}</h2>" + _table(("what did less than asked",), lines)
+        yield f"<h2 class='bad'>Fallbacks: {len(lines)}</h2>" + table(("what did less than asked",), lines)
     if results["blocks"]:
         yield "<h2>Linears</h2>" + _chart(results["blocks"]) + _linears(results["blocks"])
     longest = max((stage["seconds"] for stage in results["stages"]), default=0.0)
     stages = [(s["name"], (s["seconds"], longest), s["peak_rss_gib"], s["peak_gpu_gib"]) for s in results["stages"]]
-    yield "<h2>Stages</h2>" + _table(("stage", "seconds", "peak memory (GiB)", "peak GPU memory (GiB)"), stages)
+    yield "<h2>Stages</h2>" + table(("stage", "seconds", "peak memory (GiB)", "peak GPU memory (GiB)"), stages)
     if results["exports"]:
         kept = {True: "exactly the run's weights", False: "re-quantized"}
         exports = [(e["format"], e["path"], kept[e["lossless"]], e["bytes"] / 2**20) for e in results["exports"]]
-        yield "<h2>Exports</h2>" + _table(("format", "folder", "holds", "MiB"), exports)
-    yield "<h2>Versions</h2>" + _table(tuple(results["versions"]), [tuple(results["versions"].values())])
+        yield "<h2>Exports</h2>" + table(("format", "folder", "holds", "MiB"), exports)
+    yield "<h2>Versions</h2>" + table(tuple(results["versions"]), [tuple(results["versions"].values())])
 
 
 def _by_metric(metrics: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -106,7 +112,7 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
         if name == "perplexity":
             changes = metrics.get(("perplexity_change", dataset, "fraction"), {})
             notes = [f"{subject}: {row['value']:+.2%}{_error(row, '.2%')}" for subject, row in changes.items()]
-            yield f"Perplexity, {dataset}", " → ".join(_number(row["value"]) for row in rows.values()), notes
+            yield f"Perplexity, {dataset}", " → ".join(number(row["value"]) for row in rows.values()), notes
         elif name == "kl_divergence" and (changed := [subject for subject in rows if subject != "original"]):
             notes = [f"{unit}, {changed[0]}", *(f"{subject}: {_with_error(rows[subject])}" for subject in changed[1:])]
             yield f"KL divergence, {dataset}", _with_error(rows[changed[0]]), notes
@@ -121,7 +127,7 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
         n_failed = sum(not gate["passed"] for gate in gates)
         yield "Gates", f"{len(gates) - n_failed} of {len(gates)} passed", [f"{n_failed} FAILED"] if n_failed else []
     peak = max((stage["peak_rss_gib"] for stage in stages), default=0.0)
-    yield "Time", f"{_number(sum(stage['seconds'] for stage in stages))} s", [f"at most {peak:.2f} GiB of memory"]
+    yield "Time", f"{number(sum(stage['seconds'] for stage in stages))} s", [f"at most {peak:.2f} GiB of memory"]
 
 
 def _linears(linears: list[Row]) -> str:
@@ -133,14 +139,18 @@ def _linears(linears: list[Row]) -> str:
         bars = [None if row.get(field) is None else (row[field], full) for field, full in most.items()]
         rows.append((row["name"], row["scheme"], *bars, row.get("predicted_loss"), row.get("seconds")))
     errors = ("relative output error", "SQNR of weights (dB)", "predicted KL of its unit")
-    return _table(("linear, worst first", "scheme", *errors, "seconds"), rows)
+    return table(("linear, worst first", "scheme", *errors, "seconds"), rows)
 
 
 def _chart(linears: list[Row]) -> str:
     """Error by block, a curve for each kind of linear; where the inputs were not measured, the weights' SQNR."""
-    is_log = any(row.get("relative_output_error") for row in linears)
-    field, title = ("relative_output_error", "Relative output error") if is_log else ("sqnr_db", "SQNR of weights (dB)")
-    curves = _curves(linears, field)
+    if any(row.get("relative_output_error") for row in linears):
+        return chart("Relative output error", curves_by_block(linears, "relative_output_error", max, is_log=True), is_log=True)
+    return chart("SQNR of weights (dB)", curves_by_block(linears, "sqnr_db", min), is_log=False)
+
+
+def chart(title: str, curves: Curves, is_log: bool) -> str:
+    """Curves over the blocks, drawn as SVG with their names and, under the pointer, their values; nothing without a value."""
     if not curves:
         return ""
     values, last = [v for curve in curves.values() for v in curve.values()], max(map(max, curves.values()))
@@ -161,45 +171,46 @@ def _chart(linears: list[Row]) -> str:
     for index, (kind, curve) in enumerate(curves.items()):
         color, is_dashed, dots = f"var(--c{index % COLORS})", index >= COLORS, ""
         for block, value in curve.items():
-            name = f"<title>block {block}, {escape(kind)}: {_number(value)}</title>"
+            name = f"<title>block {block}, {escape(kind)}: {number(value)}</title>"
             dots += f"<circle cx='{x(block)}' cy='{y(value)}' r='3.5'>{name}</circle>"
         path = " ".join(f"{x(block)},{y(value)}" for block, value in sorted(curve.items()))
         dash = " stroke-dasharray='5 4'" * is_dashed
         parts.append(f"<g style='color:{color}'><polyline points='{path}'{dash}/>{dots}</g>")
         border = f"{'dashed' if is_dashed else 'solid'} {color}"
         legend += f"<span><i style='border-top:3px {border}'></i>{escape(kind)}</span> "
-    drawing = f"<svg viewBox='0 0 920 280' role='img' aria-label='{title} by block'>{''.join(parts)}</svg>"
-    return f"<figure><figcaption><b>{title} by block</b> {legend}</figcaption>{drawing}</figure>"
+    drawing = f"<svg viewBox='0 0 920 280' role='img' aria-label='{escape(title)} by block'>{''.join(parts)}</svg>"
+    return f"<figure><figcaption><b>{escape(title)} by block</b> {legend}</figcaption>{drawing}</figure>"
 
 
-def _curves(linears: list[Row], field: str) -> dict[str, dict[int, float]]:
-    """Kind: block: value; of many linears of one kind in a block (a mixture's experts) the worst counts.
+def curves_by_block(rows: Iterable[Row], field: str, worse: Callable[[float, float], float], is_log: bool = False) -> Curves:
+    """A field of linears as curves, one a kind; of many linears of one kind in a block (a mixture's experts) the worst counts.
 
-    An error of zero is left out: it has no place on a logarithmic axis.
+    A value of zero or less is left out where the axis is logarithmic: it has no place there.
     """
-    worse = min if field == "sqnr_db" else max
-    curves: dict[str, dict[int, float]] = {}
-    for row in linears:
+    curves: Curves = {}
+    for row in rows:
         place, value = re.search(r"\.(\d+)\.(.+)", row["name"]), row.get(field)
-        if place is not None and value is not None and math.isfinite(value) and (value > 0 or field == "sqnr_db"):
+        if place is not None and value is not None and math.isfinite(value) and (value > 0 or not is_log):
             curve = curves.setdefault(re.sub(r"\.\d+", ".#", place[2]), {})
-            curve[int(place[1])] = worse(value, curve.get(int(place[1]), value))
+            block = int(place[1])
+            curve[block] = worse(value, curve[block]) if block in curve else value
     return curves
 
 
 def _ticks(low: float, high: float, is_log: bool) -> list[float]:
-    """Round numbers that enclose the values: 1, 2, 5 or whole decades where logarithmic, steps of 5 or 20 dB else."""
+    """Round numbers that enclose the values: 1, 2, 5 or whole decades where logarithmic, else at most ten equal steps."""
     if is_log:
         exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         every = [float(f"{digit}e{exponent}") for exponent in exponents for digit in ((1, 2, 5) if high < 1000 * low else (1,))]
     else:
-        step = 5 if high - low < 40 else 20
-        every = [float(step * n) for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        power = 10.0 ** math.floor(math.log10(max(high - low, 1e-9 * abs(high), 1e-12) / 8))
+        step = next(digit * power for digit in (1, 2, 5, 10) if 8 * digit * power >= high - low)
+        every = [step * n for n in range(math.floor(low / step) - 1, math.ceil(high / step) + 2)]
     first, last = max(t for t in every if t <= low), min(t for t in every if t >= high)
     return [t for t in every if first <= t <= last]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Text to the left, numbers to the right; a column that is empty throughout is left out."""
     kept = [n for n in range(len(header)) if any(row[n] is not None for row in rows)]
     css = ["" if any(isinstance(row[n], str) for row in rows) else " class='number'" for n in kept]
@@ -213,19 +224,19 @@ def _cell(cell: Cell) -> str:
         css = {"passed": " class='good'", "FAILED": " class='bad'"}.get(cell, "")
         return f"<td{css}>{escape(cell)}</td>"
     if not isinstance(cell, tuple):
-        return f"<td class='number'>{'' if cell is None else _number(cell)}</td>"
+        return f"<td class='number'>{'' if cell is None else number(cell)}</td>"
     value, full = cell
     share = min(max(value / full, 0), 1) if full > 0 else 0
-    return f"<td class='number bar' style='--share:{share:.1%}'>{_number(value)}</td>"
+    return f"<td class='number bar' style='--share:{share:.1%}'>{number(value)}</td>"
 
 
 def _with_error(row: Row) -> str:
-    return _number(row["value"]) + _error(row, ".2g")
+    return number(row["value"]) + _error(row, ".2g")
 
 
 def _error(row: Row, form: str) -> str:
     return "" if row["stderr"] is None else f" ± {row['stderr']:{form}}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

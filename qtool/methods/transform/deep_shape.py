@@ -12,7 +12,6 @@ For: fewer bits after an entropy coder, at the same bits in memory; where size i
 Costs: one sort of each matrix, no calibration; then the training that must follow.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,11 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
+from qtool.linalg.generalized_gaussian import LEAST, fit_shape
 from qtool.options import Selection
 from qtool.registry import Method
 
-LEAST, MOST = 0.1, 3.0  # shapes that are told apart; more peaked or flatter ones count as these
-HALVINGS = 40  # of that span: far below what a sample tells of ν
 NODES = 2**16  # of the table of F⁻¹: its relative error is below 1e-6, that of weights in float32 6e-8
 
 
@@ -32,22 +30,6 @@ class DeepShapeOptions(Selection):
     """How far to go."""
 
     factor: float = Field(0.9, gt=0, le=1, description="new shape over the weights' own; smaller is more peaked")
-
-
-def moment_ratio(shape: float) -> float:
-    """E w² / (E |w|)² of a generalised Gaussian; it falls as the shape rises, from 2 at 1 to π/2 at 2."""
-    return math.exp(math.lgamma(1 / shape) + math.lgamma(3 / shape) - 2 * math.lgamma(2 / shape))
-
-
-def fit_shape(D: Tensor) -> float:
-    """The shape ν of deviations D, any shape, not all zero: the one whose moment ratio is theirs, within LEAST and MOST."""
-    mean_square = float(D.square().mean(dtype=torch.float64))
-    ratio = mean_square / float(D.abs().mean(dtype=torch.float64)) ** 2
-    low, high = LEAST, MOST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if moment_ratio(middle) > ratio else (low, middle)
-    return (low + high) / 2
 
 
 def quantiles(p: Tensor, shape: float) -> Tensor:

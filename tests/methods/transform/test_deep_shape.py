@@ -10,7 +10,7 @@ import yaml
 
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
-from qtool.methods.transform.deep_shape import DeepShapeOptions, deep_shape, fit_shape, quantiles
+from qtool.methods.transform.deep_shape import DeepShapeOptions, deep_shape, quantiles
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.options import ModelOptions
@@ -37,16 +37,6 @@ def entropy(codes: torch.Tensor) -> float:
     """Bits per code of an ideal entropy coder that knows how often each occurs."""
     share = codes.flatten().unique(return_counts=True)[1] / codes.numel()
     return float(-(share * share.log2()).sum())
-
-
-@pytest.mark.parametrize("shape", [0.5, 1.0, 1.5, 2.0, 2.8])
-def test_a_known_shape_is_recovered(shape: float) -> None:
-    assert fit_shape(sample(shape, 10**6)) == pytest.approx(shape, abs=0.05)
-
-
-def test_shapes_beyond_the_span_count_as_its_ends() -> None:
-    assert fit_shape(torch.tensor([1.0, -1.0])) == pytest.approx(3.0)
-    assert fit_shape(torch.eye(1000)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("shape", [0.1, 0.7, 1.0, 2.0, 3.0])
