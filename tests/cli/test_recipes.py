@@ -32,6 +32,7 @@ def smaller(path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.no_cover  # counting lines would double the time, and every line has tests of its own
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_to_the_end(path: Path, tmp_path: Path) -> None:
     overrides = [part for override in smaller(path) for part in ("--set", override)]
