@@ -1,8 +1,7 @@
 """CacheScales: what a block's keys and values are kept as, the currency of methods that quantize the cache.
 
-    k^ = s_k nearest(clip(k / s_k))    v^ likewise       k, v [batch, kv heads, tokens, head_dim], keys after their rotation
+    k^ = s_k nearest(k / s_k)    v^ likewise       k, v [batch, kv heads, tokens, head_dim], keys after their rotation
 One scale each, found before and the same at all times (static), so that a token's entry is rounded once, when it comes.
-e4m3 has levels up to 448, whole numbers of b bits those from -2^(b-1) to 2^(b-1) - 1.
 """
 
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.formats.integer import Params
 from qtool.formats.scheme import KvScheme
-
-E4M3_LARGEST = 448.0
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,7 @@ class CacheScales:
         return rounded(v, self.v_scale, self.scheme)
 
 
-def largest_level(scheme: KvScheme) -> float:
-    """Steps of the scale that the range on one side of zero has; half a step beyond the last level for whole numbers."""
-    return E4M3_LARGEST if scheme.format == "e4m3" else (1 << (scheme.bits - 1)) - 0.5
-
-
 def rounded(x: Tensor, scale: Tensor, scheme: KvScheme) -> Tensor:
     """x of any shape on the grid of the scheme with one scale [1], computed in float32; returns x's dtype."""
-    steps = x.detach().float() / scale.float()
-    if scheme.format == "e4m3":
-        levels = steps.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
-    else:
-        half = 1 << (scheme.bits - 1)
-        levels = steps.round().clamp(-half, half - 1)
-    snapped = (levels * scale.float()).to(x.dtype)
+    snapped = scheme.grid.snap(x.detach().float().contiguous(), Params(scale.float(), None)).to(x.dtype)
     return x + (snapped - x).detach() if x.requires_grad else snapped

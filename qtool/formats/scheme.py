@@ -215,6 +215,10 @@ class KvScheme(Options):
     bits: int = Field(ge=2, le=8, description="bits per cached key or value")
     format: Literal["int", "e4m3"] = Field("int", description="whole numbers, or floats of 8 bits")
 
+    @property
+    def grid(self) -> IntegerGrid | CodebookGrid:
+        return IntegerGrid(self.bits, True, "float32") if self.format == "int" else CodebookGrid(self.format, "float32")
+
     def __str__(self) -> str:
         return f"{self.format}{self.bits if self.format == 'int' else ''}"
 

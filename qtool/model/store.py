@@ -67,8 +67,8 @@ def save_changes(path: Path, changes: Changes) -> None:
             tensors |= {f"{name}::{part}": tensor for part, tensor in quantized_parts(value[0]).items()}
             schemes[name] = quantized_facts(*value)
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    facts = {"qtool": in_json(schemes), "caches": in_json(caches)}
-    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=facts))
+    facts = in_json({"weights": schemes, "caches": caches})  # one entry: several would stand in no order of their own
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata={"qtool": facts}))
 
 
 def in_json(facts: Mapping[str, Any]) -> str:
@@ -123,14 +123,14 @@ def restore(parts: dict[str, Tensor], facts: dict[str, Any], columns: list[int])
 def load_schemes(path: Path) -> dict[str, Scheme]:
     """Weight: scheme of one block's quantized weights; reads the file's header alone."""
     with open_file(path) as file:
-        facts = json.loads(file.metadata()["qtool"])
+        facts = json.loads(file.metadata()["qtool"])["weights"]
     return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
 
 
 def load_cache(path: Path) -> KvScheme | None:
     """What one block's cache is quantized to; reads the file's header alone."""
     with open_file(path) as file:
-        caches = json.loads(file.metadata().get("caches", "{}"))
+        caches = json.loads(file.metadata()["qtool"])["caches"]
     return next((KvScheme.model_validate(scheme) for scheme in caches.values()), None)
 
 
@@ -155,14 +155,14 @@ def additions_among(names: Iterable[str]) -> dict[str, str]:
 def load_changes(path: Path) -> Changes:
     """Read one block's changes; raises QtoolError where the file is broken."""
     with open_file(path) as file:
-        schemes, caches = (json.loads(file.metadata().get(key, "{}")) for key in ("qtool", "caches"))
+        facts = json.loads(file.metadata()["qtool"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     changes: Changes = {name: tensor for name, tensor in tensors.items() if "::" not in name}
-    for name, facts in schemes.items():
+    for name, stated in facts["weights"].items():
         prefix = f"{name}::"
         parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        changes[name] = restore_quantized(parts, facts)
-    for name, scheme in caches.items():
+        changes[name] = restore_quantized(parts, stated)
+    for name, scheme in facts["caches"].items():
         scales = tensors[f"{name}::k_scale"], tensors[f"{name}::v_scale"]
         changes[name] = CacheScales(KvScheme.model_validate(scheme), *scales)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):

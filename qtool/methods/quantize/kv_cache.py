@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.kv_cache import CacheScales, largest_level
+from qtool.formats.kv_cache import CacheScales
 from qtool.formats.scheme import CacheSelection
 from qtool.registry import Method
 
@@ -30,10 +30,10 @@ def kv_cache(k: Tensor, v: Tensor, dtype: torch.dtype, options: KvCacheOptions, 
     for name, amax in (("keys", k), ("values", v)):
         if not torch.isfinite(amax).all():
             raise QtoolError(f"{name} hold NaN or infinity; check the model's weights and load it with dtype: float32")
-        largest = float(amax.max())
-        if largest == 0:
+        largest = amax.max().view(1)
+        if float(largest) == 0:
             note(f"all {name} are zero; they get a scale of 1")
-        scale = torch.tensor([largest / largest_level(options.scheme) or 1.0]).to(dtype)  # [1]
+        scale = options.scheme.grid.fit_range(-largest, largest).scale.to(dtype)  # [1]
         scales.append(scale.clamp_min(torch.finfo(dtype).tiny))
     return CacheScales(options.scheme, *scales)
 
