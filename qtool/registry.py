@@ -27,7 +27,7 @@ GUIDES = {
     "calibrate": "First: text for every step that looks at inputs.",
     "transform": "Before rounding. The model computes the same, but after deep_shape. GPTQ needs none; activations do.",
     "search": "Before quantizing: which linear gets which scheme.",
-    "quantize": "rtn at eight bits; gptq at two to four, yaqa for the least KL; hqq or fine_quant without any text.",
+    "quantize": "rtn at eight bits; gptq at two to four, yaqa for the least KL; hqq, fine_quant without text; kv_cache beside.",
     "prune": "Zeros: sparsegpt for quality, wanda for speed; 2:4 where the hardware has it. Then distill.",
     "factorize": "After quantizing, where the runtime can run low-rank factors.",
     "distill": "Last before measuring: training by the original's predictions.",
