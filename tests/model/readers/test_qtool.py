@@ -82,8 +82,8 @@ def test_what_is_damaged_is_refused(change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (2, "a newer qtool wrote version 2, this one reads up to 1; update qtool"),
-        (None, "version is None, must be a whole number from 1 to 1; export the model again"),
+        (3, "a newer qtool wrote version 3, this one reads up to 2; update qtool"),
+        (None, "version is None, must be a whole number from 1 to 2; export the model again"),
         (0, "version is 0, must be a whole number"),
     ],
 )
