@@ -62,15 +62,15 @@ def test_gradients_pass_as_if_nothing_were_rounded() -> None:
     assert x.grad is not None and torch.equal(x.grad, torch.ones(3))
 
 
-def test_each_attention_is_found_once(family: str, tiny_model: TinyModel) -> None:
-    names = ModelHandle(ModelOptions(path=str(tiny_model(family)))).attention_names()
+def test_every_entry_passes_once_after_its_rotation(
+    family: str, tiny_model: TinyModel, tmp_path: Path, logits_of: Callable
+) -> None:
+    folder = tiny_model(family)
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    names = model.attention_names()
     assert len(names) == 2 and all("att" in name.rsplit(".", 1)[-1] for name in names)
-
-
-def test_every_entry_passes_once_after_its_rotation(family: str, tiny_model: TinyModel) -> None:
-    model = ModelHandle(ModelOptions(path=str(tiny_model(family))))
-    hidden, block = model.embed(TOKENS), model.block(0)
-    before, seen = block.forward(hidden), []
+    hidden, block, seen = model.embed(TOKENS), model.block(0), []
+    before = block.forward(hidden)
     (attention,) = attentions_of(block.module).values()
 
     def zero(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,11 +83,7 @@ def test_every_entry_passes_once_after_its_rotation(family: str, tiny_model: Tin
     assert all(shape[2] == TOKENS.shape[1] for pair in seen for shape in pair)
     assert not torch.equal(without, before) and torch.equal(block.forward(hidden), before)
 
-
-def test_fine_scales_change_next_to_nothing(family: str, tiny_model: TinyModel, tmp_path: Path, logits_of: Callable) -> None:
-    folder = tiny_model(family)
-    plain = logits_of(ModelHandle(ModelOptions(path=str(folder))))
-    found = logits_of(cached(folder, tmp_path / "changes", INT8, 0.04, 0.04))
+    plain, found = logits_of(model), logits_of(cached(folder, tmp_path / "changes", INT8, 0.04, 0.04))
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.3  # a router may choose another expert
 
 

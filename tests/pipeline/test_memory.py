@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-HIDDEN, FFN, N_BLOCKS = 512, 1536, 50
+HIDDEN, FFN, N_BLOCKS = 512, 1024, 42
 SAMPLES, LENGTH = 4, 64
 
 CHILD = """

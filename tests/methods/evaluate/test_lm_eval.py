@@ -94,6 +94,7 @@ def test_a_task_from_a_local_folder_runs(tmp_path: Path, no_network: None) -> No
     assert (metric.name, metric.value) == ("my_task/acc", 1.0)
 
 
+@pytest.mark.no_cover  # lm-eval reads thousands of files
 def test_a_mistyped_task_is_refused_before_any_work_with_the_nearest_name() -> None:
     assert METHOD.check is not None
     with pytest.raises(QtoolError, match='there is no task "demo_clozze"; did you mean demo_cloze'):
