@@ -35,7 +35,7 @@ FLOATS = {
     ("e2m1", 32, "float8_e8m0fnu"): "mxfp4-pack-quantized",
     ("e4m3", 32, "float8_e8m0fnu"): "mxfp8-quantized",
 }
-FLOAT_INPUTS = ("e4m3", "mxfp4", "mxfp8_e4m3")  # the first scaled per token
+BLOCK_INPUTS = ("mxfp4", "mxfp8_e4m3")
 SIGN = 8  # the sign's bit in a code of E2M1
 STORED_SCALES = {"float8_e4m3fn": "torch.float8_e4m3fn", "float8_e8m0fnu": "torch.uint8"}
 
@@ -79,10 +79,10 @@ def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None
     if activations.format == "int" and activations.group is None:
         return {"type": "int", **per_token}
     word = str(activations)
-    if word in FLOAT_INPUTS[:1]:
+    if word == "e4m3":
         return {"type": "float", **per_token}
     block = {"strategy": "group", "group_size": 32, "scale_dtype": STORED_SCALES["float8_e8m0fnu"]}
-    return {"type": "float", **per_token, **block} if word in FLOAT_INPUTS else None
+    return {"type": "float", **per_token, **block} if word in BLOCK_INPUTS else None
 
 
 def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:

@@ -318,10 +318,11 @@ class ModelHandle:
         return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
 
     def cache(self) -> KvScheme | None:
-        """What the key/value cache is quantized to, the same in all blocks; reads headers and scales alone."""
-        path = self._changes_file("block_000")
-        if path is not None and (scheme := load_cache(path)) is not None:
-            return scheme
+        """What the key/value cache is quantized to, the same in all blocks that have one; reads headers and scales alone."""
+        for index in range(self.n_blocks):
+            path = self._changes_file(f"block_{index:03d}")
+            if path is not None and (scheme := load_cache(path)) is not None:
+                return scheme
         if self.quantization is None:
             return None
         reader = reader_of(self.quantization)

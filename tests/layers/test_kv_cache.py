@@ -120,6 +120,13 @@ def test_exports_bring_the_scales(
         assert torch.equal(written, again) and written.shape == (1, 20)
 
 
+def test_a_cache_that_only_a_later_block_has_is_known(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    cached(folder, tmp_path / "changes", E4M3)
+    save_changes(tmp_path / "changes" / "block_000.safetensors", {})  # as of a block without attention
+    assert ModelHandle(ModelOptions(path=str(folder)), (tmp_path / "changes",)).cache() == E4M3
+
+
 @pytest.mark.parametrize("name", ["safetensors", "gguf", "gptq", "onnx"])
 def test_other_exports_refuse_a_quantized_cache(name: str, tiny_model: TinyModel) -> None:
     steps = "quantize/rtn: {scheme: w4a16g32}", "quantize/kv_cache: {}", f"export/{name}: {{}}"
