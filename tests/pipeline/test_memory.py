@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-HIDDEN, FFN, N_BLOCKS = 512, 1024, 42
+HIDDEN, FFN, N_BLOCKS = 512, 1536, 50
 SAMPLES, LENGTH = 4, 64
 
 CHILD = """
@@ -45,7 +45,7 @@ def test_peak_memory_stays_within_three_blocks_statistics_and_activations(
     assert (model / "model.safetensors").stat().st_size >= 10 * budget
     steps = [
         {"calibrate/text": {"source": "demo:calibration", "samples": SAMPLES, "length": LENGTH}},
-        {"quantize/gptq": {"scheme": "w4a16g64"}},
+        {"quantize/gptq": {"scheme": "w4a16g64", "range": "minmax"}},  # the search of ranges takes time and little memory
         {"export/compressed_tensors": None},
     ]
     recipes = []
