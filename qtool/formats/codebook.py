@@ -102,9 +102,17 @@ class CodebookGrid:
         return len(self.table)
 
     @property
-    def smallest(self) -> float:
-        """The share of the full range below which no group's best range lies."""
-        return 0.4 if len(self.table) > 8 else 0.2
+    def shares(self) -> tuple[float, float]:
+        """The shares of the full range between which each group's best range lies.
+
+        Above 1 the largest weight moves down towards the level next to the last, about which levels lie closer: in e2m1 from
+        6 towards 4, in scales that are powers of two to half of where it was.
+        """
+        low = 0.4 if len(self.table) > 8 else 0.2
+        if self.scale_dtype == "float8_e8m0fnu":
+            return low, 2.0
+        magnitudes = sorted({abs(level) for level in self.table} - {0.0})
+        return low, magnitudes[-1] / magnitudes[-2] if len(magnitudes) > 1 else 1.0
 
     @property
     def ends(self) -> tuple[float, float]:

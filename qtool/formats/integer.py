@@ -47,7 +47,7 @@ class IntegerGrid:
     signed_scale: bool = False  # whether a symmetric grid's scale may be negative
 
     width = 1  # weights in one code
-    smallest = 0.4  # of the full range: below it no group's best range lies
+    shares = (0.4, 1.0)  # of the full range, between which each group's best range lies
     exponent = 1.0
 
     @property

@@ -45,7 +45,7 @@ class LatticeGrid:
     n_levels = 1 << 16
     zero_dtype = None
     exponent = 1.0
-    smallest = 0.2  # of the full range: below it no group's best range lies
+    shares = (0.2, 1.0)  # of the full range, between which each group's best range lies
     ends = (-2.75, 2.75)  # the least and the greatest entry of a level
     largest = 2.75
 

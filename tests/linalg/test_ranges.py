@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from qtool.calibration.statistics import LayerStats
+from qtool.formats.codebook import CodebookGrid
 from qtool.formats.integer import IntegerGrid
+from qtool.formats.scheme import Grid
 from qtool.linalg import ranges
 from qtool.linalg.ranges import diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
 
-GRIDS = [IntegerGrid(3, True), IntegerGrid(4, False), IntegerGrid(8, True)]
-IDS = ["3-symmetric", "4-asymmetric", "8-symmetric"]
+GRIDS = [
+    IntegerGrid(3, True),
+    IntegerGrid(4, False),
+    IntegerGrid(8, True),
+    CodebookGrid("e2m1", "float32"),
+    CodebookGrid("e2m1", "float8_e8m0fnu"),
+    CodebookGrid("nf4", "bfloat16", zero_dtype="float16"),
+]
+IDS = ["3-symmetric", "4-asymmetric", "8-symmetric", "e2m1", "mxfp4", "nf4-asymmetric"]
 OUT, GROUPS, GROUP = 5, 3, 12
 
 
@@ -23,19 +32,20 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     return w, x
 
 
-def brute(w: torch.Tensor, grid: IntegerGrid, cost: object, steps: int) -> float:
+def brute(w: torch.Tensor, grid: Grid, cost: object, steps: int) -> float:
     """Least cost(error) over every shrunken range of one group w [group]."""
     costs = []
-    for step in range(steps + 1):
-        shrink = 1 - (1 - grid.smallest) * step / steps
-        params = grid.fit_range(shrink * w.min().reshape(1), shrink * w.max().reshape(1))
+    low, high = grid.shares
+    n_steps = round(steps * (high - low) / (1 - low))
+    for share in [1.0, *torch.linspace(high, low, n_steps + 1).tolist()]:
+        params = grid.fit_range(share * w.min().reshape(1), share * w.max().reshape(1))
         costs.append(float(cost((grid.snap(w, params) - w).double())))  # type: ignore[operator]
     return min(costs)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=IDS)
 @pytest.mark.parametrize(("name", "steps"), [("plain", 24), ("weighted", 7), ("output", 60)])
-def test_the_search_finds_the_least_cost_of_all_ranges(grid: IntegerGrid, name: str, steps: int) -> None:
+def test_the_search_finds_the_least_cost_of_all_ranges(grid: Grid, name: str, steps: int) -> None:
     w, x = problem()
     stats = LayerStats(GROUPS * GROUP, ("hessian",))
     stats.update(x)
@@ -58,7 +68,7 @@ def test_the_search_finds_the_least_cost_of_all_ranges(grid: IntegerGrid, name: 
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=IDS)
-def test_the_search_is_never_worse_than_the_full_range(grid: IntegerGrid) -> None:
+def test_the_search_is_never_worse_than_the_full_range(grid: Grid) -> None:
     w, _ = problem()
     searched, full = search_range(w, grid, plain_cost), grid.fit(w)
     assert bool((plain_cost(grid.snap(w, searched) - w) <= plain_cost(grid.snap(w, full) - w)).all())
@@ -80,13 +90,13 @@ def test_a_group_without_any_weight_keeps_the_full_range() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=IDS)
-def test_chunks_of_rows_give_what_all_rows_give(grid: IntegerGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_give_what_all_rows_give(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     w, _ = problem()
     whole = search_range(w, grid, plain_cost)
     monkeypatch.setattr(ranges, "CHUNK", 1)
     parts = search_range(w, grid, plain_cost)
     assert torch.equal(whole.scale, parts.scale)
-    assert (whole.zero is None) == (parts.zero is None) == grid.symmetric
+    assert (whole.zero is None) == (parts.zero is None)
     assert whole.zero is None or parts.zero is None or torch.equal(whole.zero, parts.zero)
 
 
@@ -94,3 +104,13 @@ def test_diagonal_blocks_are_the_blocks_on_the_diagonal() -> None:
     H = torch.arange(36.0).view(6, 6)
     blocks = diagonal_blocks(H, 3)
     assert torch.equal(blocks[0], H[:3, :3]) and torch.equal(blocks[1], H[3:, 3:])
+
+
+def test_the_largest_weight_of_a_group_may_move_to_the_level_before_the_last() -> None:
+    # Levels of e2m1 lie 2 apart between 4 and 6: at a scale of 1 everything near 5 is halfway between two of them.
+    w = torch.tensor([[[6.0, 5.0, 5.0, 4.9, -5.1, 0.1, 0.0, 0.0]]])
+    found = search_range(w, CodebookGrid("e2m1", "float32"), plain_cost)
+    assert float(found.scale) > 1.2
+    full = CodebookGrid("e2m1", "float32").fit(w)
+    costs = [float(plain_cost(CodebookGrid("e2m1", "float32").snap(w, p) - w)) for p in (found, full)]
+    assert costs[0] < 0.3 * costs[1]
