@@ -219,6 +219,18 @@ def quantize(w: Tensor, scheme: WeightScheme, params: Params | None = None) -> Q
     return assemble(codes, params, scheme, grid)
 
 
+def with_common_scale(tensors: list[QuantizedTensor]) -> list[QuantizedTensor] | None:
+    """The same weights with the largest of their `of_tensor` for all; None where a scale cannot be told exactly so."""
+    of_all = max(tensor.of_tensor for tensor in tensors)
+    found = []
+    for tensor in tensors:
+        scale = store_scale(tensor.scale.float() * tensor.of_tensor, tensor.scheme.scale_dtype, of_all)
+        if not torch.equal(scale.float() * of_all, tensor.scale.float() * tensor.of_tensor):
+            return None
+        found.append(replace(tensor, scale=scale, of_tensor=of_all))
+    return found
+
+
 def settle(params: Params, scheme: WeightScheme) -> Params:
     """Params [out, groups, 1] of a whole tensor as they are stored where scales are quantized themselves."""
     if not scheme.double_quant or params.second is not None:

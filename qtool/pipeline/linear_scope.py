@@ -13,6 +13,7 @@ from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRankSelection
 from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.formats.tensor import with_common_scale
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block
 from qtool.model.linear import shape_of, weight_of
@@ -156,6 +157,24 @@ def change_linears(
             )
             start = stop
         return_free_memory()
+    share_tensor_scales(block, names, work)
+
+
+def share_tensor_scales(block: Block, names: tuple[str, ...], work: Work) -> None:
+    """Give linears that share an input one scale of the tensor, which runtimes that join them want; no weight changes."""
+    changed = [(name, value) for name in names if isinstance(value := work.changes.get(f"{name}.weight"), tuple)]
+    for scheme in {scheme for _, (_, scheme) in changed if scheme.weights.scale_dtype == "float8_e4m3fn"}:
+        members = {name: tensor for name, (tensor, own) in changed if own == scheme}
+        if len({tensor.of_tensor for tensor in members.values()}) == 1:
+            continue
+        common = with_common_scale(list(members.values()))
+        if common is None:
+            work.note(names[0])("no one scale of a tensor holds those of all linears that share its input; each has its own")
+            continue
+        for name, tensor in zip(members, common, strict=True):
+            layer = block.get(name)
+            block.put(name, QuantLinear(tensor, getattr(layer, "bias", None), scheme.activations))
+            work.changes[f"{name}.weight"] = (tensor, scheme)
 
 
 def in_words(method: Method, after: Tensor) -> str:

@@ -11,7 +11,7 @@ from qtool.errors import QtoolError
 from qtool.formats.codebook import LEVELS, PowerGrid
 from qtool.formats.outliers import Outliers
 from qtool.formats.scheme import Scheme, WeightScheme
-from qtool.formats.tensor import QuantizedTensor, Salient, quantize, to_groups
+from qtool.formats.tensor import QuantizedTensor, Salient, quantize, to_groups, with_common_scale
 from qtool.model.store import load_changes, save_changes
 
 INTEGERS = ["w4a16g32", "w3a16g32-asym", "w4a16g32-asymf16", "w8a16", "w2a16-asym"]
@@ -235,3 +235,20 @@ def test_binary_and_ternary_scales_are_mean_magnitudes() -> None:
     assert torch.equal(binary, torch.where(W > 0, mean, -mean))
     ternary = quantize(W, Scheme.model_validate("ternary").weights).dequantize()
     assert torch.equal(ternary, (W / mean).round().clamp(-1, 1) * mean)
+
+
+def test_tensors_of_other_ranges_take_one_scale_without_a_weight_that_changes() -> None:
+    scheme = Scheme.model_validate("nvfp4").weights
+    W = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    tensors = [quantize(factor * W, scheme) for factor in (1.0, 5.0, 0.3)]
+    assert len({tensor.of_tensor for tensor in tensors}) == 3
+    common = with_common_scale(tensors)
+    assert common is not None and {tensor.of_tensor for tensor in common} == {tensors[1].of_tensor}
+    for before, after in zip(tensors, common, strict=True):
+        assert torch.equal(before.dequantize(), after.dequantize())
+
+
+def test_scales_too_small_for_a_common_one_stay_as_they_are() -> None:
+    scheme = Scheme.model_validate("nvfp4").weights
+    W = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    assert with_common_scale([quantize(W, scheme), quantize(1e5 * W, scheme)]) is None

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
@@ -150,7 +151,7 @@ def test_every_format_comes_back_from_disk_as_it_was_made(
     short: str, tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
 ) -> None:
     folder = tiny_model("llama")
-    results, model = run(folder, {"quantize/rtn": {"scheme": short}}, {"export/safetensors": None})
+    results, model = run(folder, {"quantize/rtn": {"scheme": short, "range": "minmax"}}, {"export/safetensors": None})
     original = ModelHandle(ModelOptions(path=str(folder)))
     before = {name: weight_of(layer) for name, layer in layers(original, 1).items()}
     for name, layer in layers(model, 1).items():
@@ -201,3 +202,16 @@ def test_a_head_outside_the_blocks_is_no_work_for_a_method_of_blocks(
 ) -> None:
     with pytest.raises(QtoolError, match="lm_head stands outside them; add it to ignore"):
         run(tiny_model("llama"), {"quantize/sign_round": {"scheme": "w4a16g32", "ignore": []}})
+
+
+def test_linears_that_share_an_input_share_the_scale_of_a_tensor(
+    tiny_model: Callable[..., Path], run: Callable[..., tuple[dict[str, Any], ModelHandle]]
+) -> None:
+    folder = tiny_model("llama")
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    alone = {name: quantize(weight_of(layer), Scheme.model_validate("nvfp4").weights) for name, layer in layers(model).items()}
+    results, model = run(folder, {"quantize/yaqa": {"scheme": "nvfp4", "gradient_tokens": 64}})
+    shared = {name: layer.qt.of_tensor for name, layer in layers(model).items() if isinstance(layer, QuantLinear)}
+    assert len(shared) == 7 and not results["fallbacks"]
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",)):
+        assert {shared[name] for name in names} == {max(alone[name].of_tensor for name in names)}

@@ -18,10 +18,11 @@ dtype of the scales, here the model's:
   bfloat16, whatever the model is in.
 
 NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. The library divides by that where qtool multiplies:
-a weight on the border of two bfloat16 numbers may then become the other one, and the export is not called lossless.
+where it is no power of two, as other tools choose it, a weight on the border of two bfloat16 numbers may become the other
+one, and the export is not called lossless.
 vLLM joins linears that share an input (q, k, v; gate, up) and takes the largest weight_global_scale for all of them. Methods
-that work row by row (gptq, rtn, hqq) give such linears of one scheme a common one; after others (yaqa) some of them come out
-too small there.
+that take one linear at a time give such linears of one scheme a common one; after those that take a block at a time
+(sign_round) some of them come out too small there.
 Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
 For: transformers and vLLM, integer and floating weights.
 Costs: writing the file.
