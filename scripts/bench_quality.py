@@ -95,6 +95,14 @@ STUDY = {
     },
     "nf4g64": {"rtn": "qtool bitsandbytes", "rtn-double": "bitsandbytes"},
     "fp4_bnbg64": {"rtn": "qtool bitsandbytes", "rtn-double": "bitsandbytes"},
+    # Methods that no peer has in the same scheme, as their recipes in recipes/ run them.
+    "recipe": dict.fromkeys(
+        [
+            "w4-fine-quant", "nf4-daq", "mixed-search", "w4-deep-shape", "w3-ada-dim", "w3-spqr", "w3-lorc", "w3-ada-round",
+            "w3-omniquant", "w3-nupes", "w2-lattice", "w1-ptq161",
+        ],
+        "qtool",
+    ),
 }
 BEST = {
     "w4a16g128": "best-w4.yaml",
@@ -160,9 +168,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def qtool_steps(scheme: str, method: str, iterations: int | None) -> Steps | None:
-    """The recipe's steps for a method, options being qtool's defaults; None where its recipe file does not exist."""
-    if method == "best":
-        return best_steps(scheme)
+    """The steps for a method, options being qtool's defaults, or a recipe's; None where its file does not exist."""
+    if scheme == "recipe" or method == "best":
+        return recipe_steps(f"{method}.yaml" if scheme == "recipe" else BEST[scheme])
     if method == "awq":
         return [{"transform/awq": {"scheme": scheme}}, {"quantize/rtn": {"scheme": scheme, "range": "output"}}]
     if method == "gptaq":
@@ -172,15 +180,15 @@ def qtool_steps(scheme: str, method: str, iterations: int | None) -> Steps | Non
     return [{f"quantize/{method}": {"scheme": scheme}}]
 
 
-def best_steps(scheme: str) -> Steps | None:
-    """The steps of the scheme's best recipe that change the model; None where the file does not exist."""
+def recipe_steps(file: str) -> Steps | None:
+    """The steps of a recipe that change the model or choose its schemes; None where the file does not exist."""
     from qtool.recipe import CHANGING, load
 
-    path = REPO / "recipes" / BEST[scheme]
+    path = REPO / "recipes" / file
     if not path.is_file():
-        print(f"bench_quality: no {path.relative_to(REPO)}; the row {scheme} best is left out", file=sys.stderr)
+        print(f"bench_quality: no {path.relative_to(REPO)}; its row is left out", file=sys.stderr)
         return None
-    steps = [step for step in load(path).steps if step.method.kind in CHANGING]
+    steps = [step for step in load(path).steps if step.method.kind in ("search", *CHANGING)]
     return [{step.key: step.options.model_dump(mode="json")} for step in steps]
 
 
@@ -468,8 +476,6 @@ def study(arguments: argparse.Namespace) -> None:
     losses, divergences = compare(original.folder, original, test)
     rows.insert(0, Row("bf16", "", "original", "", losses=losses, divergences=divergences))
     for scheme in arguments.schemes:
-        weights = Scheme.model_validate(scheme).weights
-        format = "nvfp4" if scheme == "nvfp4" else "fp4" if weights.format == "fp4_bnb" else weights.format
         for method, tools in STUDY[scheme].items():
             for tool in tools.split():
                 if method not in arguments.methods or tool not in arguments.tools:
@@ -481,6 +487,8 @@ def study(arguments: argparse.Namespace) -> None:
                         continue
                     job |= {"text": text, "steps": steps}
                 else:
+                    weights = Scheme.model_validate(scheme).weights
+                    format = "nvfp4" if scheme == "nvfp4" else "fp4" if weights.format == "fp4_bnb" else weights.format
                     job |= {
                         "tokens": str(work / "tokens.safetensors"), "method": method, "format": format, "bits": weights.bits,
                         "group": weights.group, "symmetric": weights.symmetric,

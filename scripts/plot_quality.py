@@ -41,6 +41,7 @@ MARKS = {
     "yaqa": "H",
     "best": "*",
 }
+RECIPE = "."  # of qtool's other methods, as their recipes run them
 Row = Mapping[str, object]
 
 
@@ -61,6 +62,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     entries += [
         Line2D([], [], color=GREY, marker=MARKS[method], linestyle="", fillstyle="none", label=method) for method in methods
     ]
+    if any(row["scheme"] == "recipe" for row in measured):
+        entries.append(Line2D([], [], color=GREY, marker=RECIPE, linestyle="", label="other recipes"))
     figure.legend(handles=entries, loc="outside right upper", frameon=False, labelcolor=GREY)
     figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
@@ -71,7 +74,7 @@ def draw(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
         color, own = COLORS[row["tool"]], row["tool"] == "qtool"
         size = 9 if row["method"] == "best" else 6
         axes.plot(
-            row["bits_per_weight"], row[field], marker=MARKS[row["method"]], markersize=size, color=color, alpha=0.9,
+            row["bits_per_weight"], row[field], marker=MARKS.get(row["method"], RECIPE), markersize=size, color=color, alpha=0.9,
             markerfacecolor=color if own else "none", linestyle="", label="_",
         )  # fmt: skip
     axes.set_yscale("log")
