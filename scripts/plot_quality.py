@@ -74,8 +74,8 @@ def draw(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
         color, own = COLORS[row["tool"]], row["tool"] == "qtool"
         size = 9 if row["method"] == "best" else 6
         axes.plot(
-            row["bits_per_weight"], row[field], marker=MARKS.get(row["method"], RECIPE), markersize=size, color=color, alpha=0.9,
-            markerfacecolor=color if own else "none", linestyle="", label="_",
+            row["bits_per_weight"], row[field], marker=MARKS.get(row["method"], RECIPE), markersize=size, color=color,
+            alpha=0.9, markerfacecolor=color if own else "none", linestyle="", label="_",
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight", color=GREY)
