@@ -17,7 +17,7 @@ from qtool.errors import QtoolError
 from qtool.formats.integer import Params
 from qtool.formats.scheme import WeightScheme
 from qtool.formats.tensor import QuantizedTensor, assemble, code_dtype, settle, to_groups
-from qtool.linalg.ranges import plain_cost, search_range, weighted_cost
+from qtool.linalg.ranges import chosen_range, plain_cost, search_range, weighted_cost
 from qtool.options import Sequential
 
 LEAF = 32  # columns settled between matrix products where no range is fitted on the way
@@ -33,9 +33,10 @@ class ColumnOptions(Sequential):
         description="order of the columns: none, as they stand; static, by falling diag H, ranges fitted beforehand; "
         "group, group by group, by falling diag H among and within groups",
     )
-    range: Literal["minmax", "mse", "hessian"] = Field(
-        "mse",
-        description="a group's range: minmax, all of it; mse, of least error; hessian, of least weighted error",
+    range: Literal["auto", "minmax", "mse", "hessian"] = Field(
+        "auto",
+        description="a group's range: minmax, all of it; mse, of least error; auto, mse for tables of at most 16 levels, "
+        "minmax else; hessian, of least weighted error",
     )
 
 
@@ -133,10 +134,11 @@ class ColumnRounding:
     def _fit(self, groups: slice, rows: slice, w: Tensor, weights: Tensor, left_out: Tensor | None) -> None:
         """Fill scale and zero [groups, rows] with the params of w [rows, groups, group]; weights [groups, group]."""
         w = w if left_out is None else without(w, left_out)
-        if self._options.range == "minmax":
+        choice = chosen_range(self._options.range, self._scheme)
+        if choice == "minmax":
             params = self._grid.fit(w)
         else:
-            params = search_range(w, self._grid, plain_cost if self._options.range == "mse" else weighted_cost(weights))
+            params = search_range(w, self._grid, plain_cost if choice == "mse" else weighted_cost(weights))
         self._scale[groups, rows] = params.scale.squeeze(-1).T
         if params.zero is not None:
             self._zero[groups, rows] = params.zero.squeeze(-1).T

@@ -25,7 +25,7 @@ from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.linalg.column_rounding import ColumnOptions, ColumnRounding, order_columns
 from qtool.linalg.hessian import inverse_factor
-from qtool.linalg.ranges import Cost, plain_cost, search_range, squared_cost, weighted_cost
+from qtool.linalg.ranges import Cost, chosen_range, plain_cost, search_range, squared_cost, weighted_cost
 from qtool.linalg.sweep import sweep
 from qtool.registry import Method
 
@@ -65,11 +65,12 @@ def ada_dim(
 
 def round_to_nearest(W: Tensor, H: Tensor, scheme: WeightScheme, options: AdaDimOptions) -> QuantizedTensor:
     """W [out, in] at the nearest grid points, in ranges of the same kind that the quantizer takes."""
-    if options.range == "minmax":
+    choice = chosen_range(options.range, scheme)
+    if choice == "minmax":
         return quantize(W, scheme)
     grouped = to_groups(W, scheme)  # [out, groups, group], along in_channel [in, groups, group]
     cost: Cost = plain_cost
-    if options.range == "hessian":  # a group of one input's weights has one curvature
+    if choice == "hessian":  # a group of one input's weights has one curvature
         along_in = scheme.group_along == "in_channel"
         cost = squared_cost if along_in else weighted_cost(H.diagonal().reshape(-1, grouped.shape[-1]))
     return quantize(W, scheme, search_range(grouped, scheme.grid.for_tensor(grouped), cost))

@@ -8,10 +8,9 @@ With alpha > 0 (GPTAQ) the target is what the original model's input x° gives, 
 Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1; Li et al. 2025, arXiv:2504.02692 (GPTAQ), section 4.
 Differs: ranges may be searched (linalg/column_rounding.py); errors spread as linalg/sweep.py tells.
 Why no g_idx: in every order a group is `group` neighbouring columns, so any runtime reads the result.
-Why these defaults: on the demo model's validation text at w3a16g128, over two draws of the calibration text, KL is 0.0318
-with scales of one sign, 11 % less with signed ones; with range hessian 6 % more, minmax 25 %, and from hessian on with
-act_order none 15 %, group 6 %, damp 0.03 4 % more (0.003 the same), in two passes 1 %. At w4a16g128 mse, hessian and two
-passes are equal within 1 %.
+Why these defaults: on the demo model's validation text at w3a16g128, over two draws of the calibration text and with ranges
+searched by mse, act_order none costs 15 % of KL, group 6 %, damp 0.03 4 % (0.003 the same), two passes 1 %; a search by the
+Hessian 6 %. See linalg/ranges.py for auto.
 For: the first choice at two to four bits; alpha: 0.25 (GPTAQ) is better and costs twice the passes, quantize/yaqa best.
 Costs: one pass through the model, and for each linear a factorization of a matrix of its inputs' size.
 """

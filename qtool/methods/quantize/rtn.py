@@ -2,8 +2,6 @@
 
     Q = decode(encode(W)),   range of each group: all of it, or the shrunken range of least cost (see linalg/ranges.py)
     W, Q [out, in]    H [in, in] mean of x xᵀ, needed only where the range is searched by what inputs see
-Why auto: on the demo model's validation text the search takes a fifth to a third off the KL of NF4 and NVFP4, and nothing off
-that of whole numbers, whose full range is half a step wider than their levels; of floats of 8 bits the range hardly matters.
 Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; range output: Lin et al. 2023, arXiv:2306.00978.
 For: eight bits, quick trials, and after transform/awq.
 Costs: seconds, no calibration unless ranges are searched by what inputs see.
@@ -16,13 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.codebook import CodebookGrid
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
 from qtool.linalg.ranges import (
     FINE_STEPS,
     STEPS,
     Cost,
+    chosen_range,
     diagonal_blocks,
     output_cost,
     plain_cost,
@@ -49,23 +47,17 @@ def rtn(
     W: Tensor, stats: LayerStats | None, scheme: WeightScheme, options: RtnOptions, note: Callable[[str], None]
 ) -> QuantizedTensor:
     """Quantize W [out, in] float32; raises QtoolError where columns do not divide into groups."""
-    if options.range == "minmax" or (options.range == "auto" and not is_coarse_table(scheme)):
+    choice = chosen_range(options.range, scheme)
+    if choice == "minmax":
         return quantize(W, scheme)
     grouped = to_groups(W, scheme)  # [out, groups, group]
-    cost = _cost(grouped.shape[-1], stats, scheme, options, note)
-    steps = FINE_STEPS if options.range == "output" else STEPS
+    cost = _cost(choice, grouped.shape[-1], stats, scheme, note)
+    steps = FINE_STEPS if choice == "output" else STEPS
     return quantize(W, scheme, search_range(grouped, scheme.grid.for_tensor(grouped), cost, steps))
 
 
-def is_coarse_table(scheme: WeightScheme) -> bool:
-    """Whether levels stand in a table and lie far apart: then the full range is far from the best one."""
-    return isinstance(scheme.grid, CodebookGrid) and scheme.grid.n_levels <= 16
-
-
-def _cost(
-    group: int, stats: LayerStats | None, scheme: WeightScheme, options: RtnOptions, note: Callable[[str], None]
-) -> Cost:
-    if options.range in ("mse", "auto"):
+def _cost(choice: str, group: int, stats: LayerStats | None, scheme: WeightScheme, note: Callable[[str], None]) -> Cost:
+    if choice == "mse":
         return plain_cost
     if scheme.group_along == "in_channel":  # a group's weights see one input: its outputs' errors are its weights', scaled
         return squared_cost
@@ -74,7 +66,7 @@ def _cost(
         note("no calibration token reached it; its ranges are searched by plain error")
         return plain_cost
     H = stats.hessian()  # [in, in]
-    if options.range == "hessian":
+    if choice == "hessian":
         return weighted_cost(H.diagonal().reshape(-1, group))
     return output_cost(diagonal_blocks(H, group))
 
