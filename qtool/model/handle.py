@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import KvScheme, Scheme
@@ -28,6 +29,7 @@ from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
+from qtool.model.kivi_attention import quantize_by_kivi
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
@@ -281,8 +283,8 @@ class ModelHandle:
                         factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
                         self._place_quantized(root, name, *quantized, factors[prefix + name])
             for name in attentions_of(root) if prefix else ():
-                if (scales := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
-                    self._place_cache(root, name, scales)
+                if (cache := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
+                    self._place_cache(root, name, cache)
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
@@ -290,7 +292,7 @@ class ModelHandle:
                 linear = name.removesuffix(".weight")
                 low_rank = changes.get(linear + LOW_RANK, factors.get(linear))
                 self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
-            elif isinstance(value, CacheScales):
+            elif isinstance(value, CacheScales | KiviScheme):
                 self._place_cache(root, name.removeprefix(prefix), value)
 
     def unit_changes(self, unit: str) -> Changes:
@@ -317,7 +319,7 @@ class ModelHandle:
         """Every attention that keeps keys and values in a cache."""
         return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
 
-    def cache(self) -> KvScheme | None:
+    def cache(self) -> KvScheme | KiviScheme | None:
         """What the key/value cache is quantized to, the same in all blocks that have one; reads headers and scales alone."""
         for index in range(self.n_blocks):
             path = self._changes_file(f"block_{index:03d}")
@@ -327,7 +329,7 @@ class ModelHandle:
             return None
         reader = reader_of(self.quantization)
         found = (reader.read_cache(self.checkpoint, name, self.quantization) for name in self.attention_names()[:1])
-        return next((scales.scheme for scales in found if scales is not None), None)
+        return next((one.scheme if isinstance(one, CacheScales) else one for one in found if one is not None), None)
 
     def additions(self) -> dict[str, str]:
         """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""
@@ -439,8 +441,11 @@ class ModelHandle:
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
         owner.register_module(last, layer)
 
-    def _place_cache(self, root: nn.Module, name: str, scales: CacheScales) -> None:
-        quantize_cache(root.get_submodule(name), scales.to(self.device))
+    def _place_cache(self, root: nn.Module, name: str, cache: CacheScales | KiviScheme) -> None:
+        if isinstance(cache, KiviScheme):
+            quantize_by_kivi(root.get_submodule(name), cache)
+        else:
+            quantize_cache(root.get_submodule(name), cache.to(self.device))
 
     # ---- running ----
 

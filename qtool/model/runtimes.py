@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import Format, KvScheme, ScaleDtype, Scheme, ZeroDtype
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
@@ -139,13 +140,15 @@ def load_table() -> tuple[Serving, ...]:
 
 
 def servings(
-    export: str, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | None = None
+    export: str, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None = None
 ) -> list[tuple[Serving, str | None]]:
     """Every entry of an export (gguf, gptq, ...) with its refusal of the model, None where it is served."""
     return [(entry, refusal(entry, model, schemes, cache)) for entry in load_table() if entry.export == export]
 
 
-def refusal(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | None = None) -> str | None:
+def refusal(
+    entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None = None
+) -> str | None:
     """Why a runtime does not serve the model with these schemes, {full name of a quantized linear: scheme}; None where it does.
 
     The first reason found: which linear, what it is against what must be, how to put it right.

@@ -190,7 +190,8 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     calibrated: str | None = None
     changed: str | None = None  # kind of the latest step that changes the model
     additions: dict[str, str] = {}  # step that adds to codes and scales: what
-    cached: str | None = None  # where the cache is quantized
+    cached: str | None = None  # where the cache is quantized by scales
+    kept: str | None = None  # or kept by KIVI
     quantized: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
@@ -221,7 +222,16 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if method.kind == "export" and not method.holds_cache and cached is not None:
             text = f"{method.key} cannot hold a quantized cache ({cached}); use export/compressed_tensors or export/qtool"
             problems.append((key.start_mark, text))
-        cached = place(key.start_mark) if method.scope == "cache" else cached
+        if method.kind == "export" and not method.holds_kivi and kept is not None:
+            text = f"{method.key} cannot hold a cache that KIVI keeps ({kept}); use export/qtool"
+            problems.append((key.start_mark, text))
+        if method.scope in ("cache", "attention"):
+            if (before := cached or kept) is not None:
+                problems.append((key.start_mark, f"{method.key}: {before} quantizes the cache already; quantize it once"))
+            elif method.scope == "cache":
+                cached = place(key.start_mark)
+            else:
+                kept = place(key.start_mark)
         if method.kind == "search":
             is_searched = True
             if quantized is not None:

@@ -6,8 +6,8 @@
 The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
 column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
 mixture stand one by one, gate and up together; a Conv1D's codes are [out, in] as any linear's. Dense tensors are as everywhere.
-config.json's quantization_config has quant_method, version and what a quantized cache is kept as, whose scales are tensors of
-the attentions, k_scale and v_scale; a version newer than the one that reads it is refused.
+config.json's quantization_config has quant_method, version and how a quantized cache is kept; static scales are tensors of the
+attentions, k_scale and v_scale, and KIVI has no tensors; a version newer than the one that reads it is refused.
 Why facts are a tensor beside the codes, as in bitsandbytes' files: what is known only when a linear is encoded cannot stand in
 config.json, which is settled before, and the files' metadata would have to be carried from file to file. So any shard can be
 read alone, streamed ones too, and the index says where facts lie.
@@ -64,4 +64,5 @@ METHOD = Method(
     storage=storage,
     holds_additions=True,
     holds_cache=True,
+    holds_kivi=True,
 )
