@@ -52,7 +52,8 @@ class Side:
     def to_groups(self, x: Tensor) -> Tensor:
         """x [batch, kv heads, tokens, head_dim] as groups [batch, kv heads, units, rows, group] float32, whole units."""
         x = x.float() @ hadamard(x.shape[-1], x.device) if self.is_rotated else x.float()
-        return x.unflatten(2, (-1, self.group)).mT if self.along == "tokens" else x.unflatten(3, (-1, self.group))
+        groups: Tensor = x.unflatten(2, (-1, self.group)).mT if self.along == "tokens" else x.unflatten(3, (-1, self.group))
+        return groups
 
     def from_groups(self, groups: Tensor) -> Tensor:
         """What `to_groups` was given; the rotation is its own inverse."""

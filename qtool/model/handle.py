@@ -83,9 +83,7 @@ class Block:
     @property
     def head_dim(self) -> int | None:
         """Channels of an attention head, where the config tells."""
-        config = self._handle.config.get_text_config()
-        stated: int | None = getattr(config, "head_dim", None)
-        return stated or int(config.hidden_size // config.num_attention_heads)
+        return self._handle.head_dim
 
     def call_arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model hands this block beside hidden [batch, length, hidden]: masks, positions."""
@@ -318,6 +316,19 @@ class ModelHandle:
     def attention_names(self) -> list[str]:
         """Every attention that keeps keys and values in a cache."""
         return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, as the config tells."""
+        config = self.config.get_text_config()
+        stated: int | None = getattr(config, "head_dim", None)
+        return stated or int(config.hidden_size // config.num_attention_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values in a block, as the config tells."""
+        config = self.config.get_text_config()
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
     def cache(self) -> KvScheme | KiviScheme | None:
         """What the key/value cache is quantized to, the same in all blocks that have one; reads headers and scales alone."""

@@ -6,7 +6,7 @@ DynamicCache, generate() among it, holds packed codes:
     cache = model.generate(tokens, return_dict_in_generate=True).past_key_values;  sum(layer.nbytes for layer in cache.layers)
 The attention itself is a function registered with transformers' AttentionInterface, instead of `sdpa`, for these
 modules alone; where all queries see the same entries, as in every step of decoding, it is `sdpa`.
-Why a layer and not a Cache of another class: generate() and models make the cache, in many places, and nothing has to be patched.
+Why a layer and not another Cache: generate() and models make the cache, in many places, and nothing has to be patched.
 """
 
 import copy

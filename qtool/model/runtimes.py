@@ -111,7 +111,7 @@ class Serving(Options):
     experts: bool = False  # quantized experts, where `schemes` says so too
     fused_alike: bool = False  # quantized linears that are joined (q, k, v; gate, up) must have one scheme
     fused_dense: Literal["free", "whole", "never"] = "free"  # joined linears may be dense: each, only all together, not at all
-    caches: tuple[Literal["e4m3", "int8"], ...] = ()  # formats of a quantized key/value cache
+    caches: tuple[Literal["e4m3", "int8", "kivi"], ...] = ()  # formats of a quantized key/value cache
     schemes: tuple[ServedSchemes, ...] = ()
     but: tuple[ServedSchemes, ...] = ()
 
@@ -158,9 +158,9 @@ def refusal(
     kind = str(model.config.model_type)
     if entry.architectures is not None and kind not in entry.architectures:
         return f"{kind} models are not served; use another export, or another runtime"
-    if cache is not None and str(cache) not in entry.caches:
+    if cache is not None and ("kivi" if isinstance(cache, KiviScheme) else str(cache)) not in entry.caches:
         may = f"{_or(entry.caches)} alone" if entry.caches else "none"
-        return f"of quantized caches it serves {may}, not {cache}; quantize the cache so, or leave quantize/kv_cache away"
+        return f"of quantized caches it serves {may}, not {cache}; quantize the cache so, or leave its step away"
     units = fused_units(model.linear_names()) if entry.joins else {}
     return _refused_linear(entry, model, schemes, units) or _refused_unit(entry, schemes, units)
 

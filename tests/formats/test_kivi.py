@@ -103,7 +103,7 @@ def test_gradients_pass_as_if_nothing_were_rounded() -> None:
         ({"group": 32}, (64, 64), None),
         ({"group": 32}, (80, 80), "a head's 80 channels of values do not divide into groups of 32; use group: 16"),
         ({"group": 16}, (64, 24), "a head's 24 channels of values do not divide into groups of 16; use quantize/kv_cache"),
-        ({"group": 64, "keys": "per_token"}, (96, 64), "96 channels of keys do not divide into groups of 64; use group: 16, 32"),
+        ({"group": 64, "keys": "per_token"}, (96, 64), "channels of keys do not divide into groups of 64; use group: 16, 32"),
         ({"group": 32, "rotate": "hadamard"}, (96, 96), "takes heads of a power of two of channels, not 96; use rotate: none"),
     ],
 )

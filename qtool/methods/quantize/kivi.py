@@ -39,12 +39,8 @@ def kivi(k: Tensor, v: Tensor, options: KiviOptions) -> tuple[Tensor, Tensor]:
 
 def check_attentions(model: ModelHandle, options: KiviOptions) -> None:
     """Raise QtoolError where an attention cannot read such a cache, or its heads do not divide into groups."""
-    config = model.config.get_text_config()
     for name in model.attention_names():
-        attention = model.model.get_submodule(name)
-        stated: int | None = getattr(config, "head_dim", None)
-        head_dim = stated or config.hidden_size // config.num_attention_heads
-        reason = misfit(attention) or options.misfit(head_dim, head_dim)
+        reason = misfit(model.model.get_submodule(name)) or options.misfit(model.head_dim, model.head_dim)
         if reason is not None:
             raise QtoolError(f"quantize/kivi: {name}: {reason}")
 
