@@ -13,10 +13,12 @@ from qtool import laws, registry
 from qtool.artifact import Metric
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.allocation import Problem, SearchOptions
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.sparsity import SparsitySelection, choose
 from qtool.formats.tensor import QuantizedTensor, quantize
+from qtool.layers.kivi_cache import KiviCache
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.wiring import Edits, Scaling, scale_edits
 from qtool.model.writer import write_checkpoint
@@ -262,3 +264,38 @@ BROKEN_ON_MODELS = [
 def test_a_law_catches_a_broken_method_on_a_model(kind: str, scope: Scope, run: Callable[..., object], law: str) -> None:
     with pytest.raises(AssertionError):
         laws.of(Method(run=run, options=Options, scope=scope, key=f"{kind}/broken"))[law]()
+
+
+# ---- the cache: keys and values, kept ----
+
+
+def kept_too_few(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"residual": 8, "sinks": 0}))
+
+
+def keeps_two_bits(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"key_bits": 2}))
+
+
+def other_groups(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"keys": "per_token"}))
+
+
+def kivi_of(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    view = KiviCache(options).extend(k, v)
+    return view.k.late, view.v.late
+
+
+BROKEN_CACHES = [
+    (kept_too_few, "the_first_and_the_latest_stay"),
+    (keeps_two_bits, "more_bits_lose_less"),
+    (other_groups, "the_cache_gives_back_what_the_method_says"),
+]
+
+
+@pytest.mark.parametrize(("run", "law"), BROKEN_CACHES, ids=[row[1] for row in BROKEN_CACHES])
+def test_the_laws_of_caches_catch_a_broken_member(run: Callable[..., tuple[Tensor, Tensor]], law: str) -> None:
+    method = Method(run=run, options=KiviScheme, scope="attention", key="quantize/broken")
+    with pytest.raises(AssertionError):
+        laws.of(method)[law]()
+    laws.of(replace(method, run=kivi_of))[law]()

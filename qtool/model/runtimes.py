@@ -78,7 +78,7 @@ class ServedSchemes(Options):
             ),
             (weights.group_along == "out_channel", "its groups lie along `out` (-ic), must lie along `in`"),
             (inputs in self.activations, f"of rounded inputs it has {inputs}, must have {_or(self.activations)}"),
-            (scheme.kv is None, "its cache is quantized, which is a step of its own, quantize/kv_cache; leave kv out"),
+            (scheme.kv is None, "its cache is quantized, which is a step of its own; leave kv out"),
             (n_in % self.in_multiple == 0, f"it has {n_in} inputs, must have a multiple of {self.in_multiple}"),
             (n_out % self.out_multiple == 0, f"it has {n_out} outputs, must have a multiple of {self.out_multiple}"),
             (

@@ -58,10 +58,13 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
                 check_additions(step, model)
                 check_cache(step, model)
         if step.method.holds is not None:
+            cache = planned_cache(model, steps[:index])
+            has_kivi_alone = isinstance(cache, KiviScheme) and step.method.holds_kivi
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
-                    step.method.holds(model, schemes, step.options)
-                    check_runtime(model, step, schemes, planned_cache(model, steps[:index]))
+                    if schemes or not has_kivi_alone:
+                        step.method.holds(model, schemes, step.options)
+                    check_runtime(model, step, schemes, cache)
 
 
 def check_additions(step: Step, model: ModelHandle) -> None:

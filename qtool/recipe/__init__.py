@@ -270,7 +270,9 @@ def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Prob
         value = getattr(options, name)
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
             if isinstance(part, Scheme) and part.kv is not None:
-                text = f"{key}: {name}: {part}: the cache is a step of its own, quantize/kv_cache; leave kv{part.kv.bits} away"
+                bits = part.kv.bits
+                step = "quantize/kv_cache" if bits == 8 else f"quantize/kivi: {{key_bits: {bits}, value_bits: {bits}}}"
+                text = f"{key}: {name}: {part}: the cache is a step of its own, {step}; leave kv{bits} away"
                 yield nearest_mark(node, (name,), node.start_mark), text
 
 

@@ -51,8 +51,8 @@ def encoder(schemes: dict[str, Scheme]) -> Encode:
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> None:
-    """Raise QtoolError where nothing is quantized."""
-    if not schemes:
+    """Raise QtoolError where nothing is quantized, neither linears nor the cache."""
+    if not schemes and model.cache() is None:
         raise QtoolError("export/qtool: no linear is quantized; put a quantize step before it, or use export/safetensors")
 
 

@@ -70,6 +70,18 @@ def test_the_loaded_export_decodes_what_was_measured(tiny_model: TinyModel, tmp_
     assert torch.equal(codes[0][0], codes[1][0]) and not torch.equal(codes[0][1], codes[1][1])
 
 
+def test_a_cache_alone_is_exported_beside_dense_weights(tiny_model: TinyModel, tmp_path: Path, logits_of: Callable) -> None:
+    folder = tiny_model("llama")
+    with pytest.raises(QtoolError, match="export/qtool: no linear is quantized"):
+        check_recipe(recipe_of(folder, "export/qtool: {}"))
+    recipe = recipe_of(folder, "quantize/kivi: {group: 16, residual: 0}", "export/qtool: {}")
+    results = run_recipe(recipe, tmp_path / "run", Silent())
+    read = ModelHandle(ModelOptions(path=str(tmp_path / "run" / "exports" / "qtool")))
+    assert str(read.cache()) == results["model"]["cache"] == "kivi-k2v2g16r0" and read.schemes() == {}
+    plain = logits_of(ModelHandle(ModelOptions(path=str(folder))))
+    assert float((logits_of(read) - plain).norm() / plain.norm()) > 0.01
+
+
 def test_a_run_that_was_stopped_goes_on(tiny_model: TinyModel, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model("llama"), KIVI)
     run_recipe(recipe, tmp_path / "run", Silent())
