@@ -7,7 +7,7 @@ from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.laws.model import sample_options, tiny_checkpoint
 from qtool.model.handle import ModelHandle
-from qtool.model.kivi_attention import KiviLayer, quantize_by_kivi
+from qtool.model.rounded_attention import KiviLayer, quantize_by_kivi
 from qtool.options import ModelOptions
 from qtool.registry import Method
 
@@ -77,7 +77,7 @@ def the_cache_gives_back_what_the_method_says(method: Method) -> None:
     """Token by token into a model's cache: what comes out is what the method says, and codes take less than numbers."""
     k, v = samples()
     options = sample_options(method, group=16, residual=5, sinks=2)
-    assert isinstance(options, KiviScheme), "options of a method of scope attention are a KiviScheme"
+    assert isinstance(options, KiviScheme), "options of a method of scope packed_cache are a KiviScheme"
     layer = KiviLayer(options, None)
     for pair in zip(k.split(1, 2), v.split(1, 2), strict=True):
         found = layer.update(*pair)
@@ -90,7 +90,7 @@ def decoding_is_the_window(method: Method) -> None:
     """Tokens one by one through the cache give the logits of the whole window without one."""
     tokens = torch.randint(2, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
     options = sample_options(method, group=16, residual=6, sinks=2)
-    assert isinstance(options, KiviScheme), "options of a method of scope attention are a KiviScheme"
+    assert isinstance(options, KiviScheme), "options of a method of scope packed_cache are a KiviScheme"
     with tiny_checkpoint() as folder:
         handle = ModelHandle(ModelOptions(path=str(folder)))
         with handle.materialized() as model, torch.no_grad():

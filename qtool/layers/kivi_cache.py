@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme, PackedGroups, Side
 
 QUERIES = 256  # whose scores are in memory at a time
@@ -65,7 +66,14 @@ class View:
     @property
     def is_settled(self) -> bool:
         """Whether all new queries see the same, which is `late`."""
-        return all(seen.side.end(self.before + 1) == seen.side.end(self.after) for seen in (self.k, self.v))
+        both = (self.k, self.v)
+        return all(seen.early is seen.late or seen.side.end(self.before + 1) == seen.side.end(self.after) for seen in both)
+
+    @classmethod
+    def plain(cls, k: Tensor, v: Tensor, queries: int) -> "View":
+        """Of k and v [batch, kv heads, tokens, head_dim] that all queries, the latest tokens, see as they are."""
+        sides = KiviScheme().sides
+        return cls(Seen(sides[0], k, k), Seen(sides[1], v, v), 0, k.shape[2] - queries, k.shape[2])
 
 
 class KiviCache:
@@ -122,7 +130,14 @@ class KiviCache:
         return k, v
 
 
-def attend(query: Tensor, view: View, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+def attend(
+    query: Tensor,
+    view: View,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    rounding: AttentionRounding | None = None,
+) -> Tensor:
     """The attention's output [batch, queries, heads, head_dim of values] for rotated queries [batch, heads, queries, head_dim].
 
     mask: True where a query sees a token, or what is added to its score, [batch, 1 or heads, queries, tokens]; None: each query
@@ -148,6 +163,7 @@ def attend(query: Tensor, view: View, mask: Tensor | None, scaling: float, dropo
             A = S.softmax(-1) * shown.any(-1, keepdim=True)  # padding, which sees nothing, gets nothing
         else:
             A = (S + shown.to(dtype)).softmax(-1)
+        A = A if rounding is None else rounding.round_probabilities(A)
         A = torch.nn.functional.dropout(A, dropout) if dropout else A
         A_late = A * view.v.is_rounded(positions[:n], T)
         v_early, v_late = (v[:, :, None, :n].to(dtype) for v in (view.v.early, view.v.late))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.model.handle import Block, ModelHandle
-from qtool.model.kivi_attention import ATTENTION
+from qtool.model.rounded_attention import ATTENTION
 
 TOLERANCE = 0.05  # of what the block adds to its input, relative; sums of bfloat16 in another order differ by a tenth of it
 

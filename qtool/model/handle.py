@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
@@ -29,11 +30,21 @@ from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
-from qtool.model.kivi_attention import quantize_by_kivi
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_cache, load_changes, load_schemes
+from qtool.model.rounded_attention import quantize_by_kivi, round_attention
+from qtool.model.store import (
+    LOW_RANK,
+    ROUNDING,
+    Changes,
+    additions_among,
+    load_additions,
+    load_cache,
+    load_changes,
+    load_rounding,
+    load_schemes,
+)
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -283,6 +294,8 @@ class ModelHandle:
             for name in attentions_of(root) if prefix else ():
                 if (cache := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
                     self._place_cache(root, name, cache)
+                if (rounding := reader.read_rounding(self.quantization)) is not None:
+                    round_attention(root.get_submodule(name), rounding)
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
@@ -292,6 +305,8 @@ class ModelHandle:
                 self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
             elif isinstance(value, CacheScales | KiviScheme):
                 self._place_cache(root, name.removeprefix(prefix), value)
+            elif isinstance(value, AttentionRounding):
+                round_attention(root.get_submodule(name.removeprefix(prefix).removesuffix(ROUNDING)), value)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -341,6 +356,14 @@ class ModelHandle:
         reader = reader_of(self.quantization)
         found = (reader.read_cache(self.checkpoint, name, self.quantization) for name in self.attention_names()[:1])
         return next((one.scheme if isinstance(one, CacheScales) else one for one in found if one is not None), None)
+
+    def rounding(self) -> AttentionRounding | None:
+        """What attentions round between their linears, the same in all blocks; reads headers alone."""
+        for index in range(self.n_blocks):
+            path = self._changes_file(f"block_{index:03d}")
+            if path is not None and (rounding := load_rounding(path)) is not None:
+                return rounding
+        return None if self.quantization is None else reader_of(self.quantization).read_rounding(self.quantization)
 
     def additions(self) -> dict[str, str]:
         """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""

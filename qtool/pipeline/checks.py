@@ -7,6 +7,7 @@ import torch
 
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
+from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import CacheSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
@@ -42,7 +43,7 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
             check_covered(model, step.method, options, search.options)
         elif isinstance(options, Selection):
             check_selection(model, step.method, options)
-    if step.method.scope in ("cache", "attention"):
+    if step.method.scope in ("cache", "packed_cache"):
         with located(step):
             check_uncached(step, model)
     if step.method.check is not None:
@@ -57,12 +58,14 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
             with located(step):
                 check_additions(step, model)
                 check_cache(step, model)
+                check_rounding(step, model)
         if step.method.holds is not None:
             cache = planned_cache(model, steps[:index])
-            has_kivi_alone = isinstance(cache, KiviScheme) and step.method.holds_kivi
+            has_rounding = planned_rounding(model, steps[:index]) is not None
+            holds_without = step.method.holds_attention and (has_rounding or isinstance(cache, KiviScheme))  # quantized linears
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
-                    if schemes or not has_kivi_alone:
+                    if schemes or not holds_without:
                         step.method.holds(model, schemes, step.options)
                     check_runtime(model, step, schemes, cache)
 
@@ -82,6 +85,12 @@ def check_cache(step: Step, model: ModelHandle) -> None:
         raise QtoolError(f"{step.key} cannot hold a cache that KIVI keeps; use export/qtool")
     if isinstance(cache, KvScheme) and not step.method.holds_cache:
         raise QtoolError(f"{step.key} cannot hold a quantized cache; use export/compressed_tensors or export/qtool")
+
+
+def check_rounding(step: Step, model: ModelHandle) -> None:
+    """Raise QtoolError where an export cannot say what attentions round, and the model's do."""
+    if not step.method.holds_attention and (rounding := model.rounding()) is not None:
+        raise QtoolError(f"{step.key} cannot hold an attention with {rounding}; use export/qtool")
 
 
 def check_uncached(step: Step, model: ModelHandle) -> None:
@@ -130,6 +139,12 @@ def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | KiviS
         if isinstance(step.options, KiviScheme):
             return step.options
     return model.cache()
+
+
+def planned_rounding(model: ModelHandle, steps: Sequence[Step]) -> AttentionRounding | None:
+    """What attentions round between their linears after `steps`."""
+    stated = [step.options for step in steps if isinstance(step.options, AttentionRounding)]
+    return stated[0] if stated else model.rounding()
 
 
 def planned_schemes(model: ModelHandle, steps: Sequence[Step]) -> Iterator[dict[str, Scheme]]:

@@ -15,7 +15,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
 from qtool.options import Selection
-from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_schemes
+from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_rounding, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
 
@@ -47,6 +47,7 @@ class Plan:
     rows: list[Row]
     cache: str | None  # what the key/value cache is quantized to
     cache_bytes: float  # that a token's keys and values take in it, in all blocks; of tokens that do not stay as they are
+    attention: str | None  # what attentions round between their linears
     exports: list[PlannedExport]
     costs: list[Cost]
     rate: float  # operations a second of this machine
@@ -74,8 +75,10 @@ def make_plan(recipe: Recipe) -> Plan:
                 exports.append(plan_export(model, recipe.steps[:index], step))
     sizes = {export.key: export.bytes for export in exports}
     cache = planned_cache(model, recipe.steps)
-    words, costs = None if cache is None else str(cache), estimate(model, recipe.steps, recipe.seed, sizes)
-    return Plan(rows_of(model, recipe.steps), words, cache_bytes(model, cache), exports, costs, rate_of(model))
+    rounding = planned_rounding(model, recipe.steps)
+    words, rounded = (None if one is None else str(one) for one in (cache, rounding))
+    costs = estimate(model, recipe.steps, recipe.seed, sizes)
+    return Plan(rows_of(model, recipe.steps), words, cache_bytes(model, cache), rounded, exports, costs, rate_of(model))
 
 
 def cache_bytes(model: ModelHandle, cache: KvScheme | KiviScheme | None) -> float:

@@ -192,6 +192,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     additions: dict[str, str] = {}  # step that adds to codes and scales: what
     cached: str | None = None  # where the cache is quantized by scales
     kept: str | None = None  # or kept by KIVI
+    rounded: str | None = None  # where attentions are told to round
     quantized: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
@@ -225,7 +226,14 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if method.kind == "export" and not method.holds_kivi and kept is not None:
             text = f"{method.key} cannot hold a cache that KIVI keeps ({kept}); use export/qtool"
             problems.append((key.start_mark, text))
-        if method.scope in ("cache", "attention"):
+        if method.kind == "export" and not method.holds_attention and rounded is not None:
+            text = f"{method.key} cannot hold an attention that rounds ({rounded}); use export/qtool"
+            problems.append((key.start_mark, text))
+        if method.scope == "attention":
+            if rounded is not None:
+                problems.append((key.start_mark, f"{method.key}: {rounded} rounds attentions already; state all in one step"))
+            rounded = rounded or place(key.start_mark)
+        if method.scope in ("cache", "packed_cache"):
             if (before := cached or kept) is not None:
                 problems.append((key.start_mark, f"{method.key}: {before} quantizes the cache already; quantize it once"))
             elif method.scope == "cache":

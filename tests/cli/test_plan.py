@@ -29,7 +29,7 @@ def test_json_has_units_in_its_names_and_nothing_else_on_stdout(tmp_path: Path) 
     code, out, _ = plan(tmp_path, RECIPE, "--json")
     made = json.loads(out)
     totals = {"seconds", "peak_memory_bytes", "disk_bytes"}
-    assert code == 0 and {"modules", "cache", "cache_bytes_per_token", "exports", "steps"} | totals == made.keys()
+    assert code == 0 and {"modules", "cache", "cache_bytes_per_token", "attention", "exports", "steps"} | totals == made.keys()
     (export,) = made["exports"]
     refused = {row["runtime"]: row["reason"] for row in export["runtimes"] if not row["serves"]}
     assert export["bytes"] > 6_000_000 and any(name.startswith("tensorrt-llm") for name in refused)

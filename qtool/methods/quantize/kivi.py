@@ -23,7 +23,7 @@ from qtool.errors import QtoolError
 from qtool.formats.kivi import KiviScheme
 from qtool.layers.kivi_cache import KiviCache
 from qtool.model.handle import ModelHandle
-from qtool.model.kivi_attention import misfit
+from qtool.model.rounded_attention import misfit
 from qtool.registry import Method
 
 
@@ -45,4 +45,4 @@ def check_attentions(model: ModelHandle, options: KiviOptions) -> None:
             raise QtoolError(f"quantize/kivi: {name}: {reason}")
 
 
-METHOD = Method(run=kivi, options=KiviOptions, scope="attention", check=check_attentions)
+METHOD = Method(run=kivi, options=KiviOptions, scope="packed_cache", check=check_attentions)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
@@ -51,6 +52,17 @@ def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Cac
         what = " ".join(str(error).split())[:200]
         raise QtoolError(f"model: config.json's quantization_config: cache cannot be read ({what}); export it again") from error
     return scheme if isinstance(scheme, KiviScheme) else scales_of_cache(checkpoint, name, scheme)
+
+
+def read_rounding(config: dict[str, Any]) -> AttentionRounding | None:
+    """What attentions round between their linears; None where nothing."""
+    check_config(config)
+    try:
+        return AttentionRounding.model_validate(config["attention"]) if "attention" in config else None
+    except ValueError as error:
+        what = " ".join(str(error).split())[:200]
+        where = "model: config.json's quantization_config: attention"
+        raise QtoolError(f"{where} cannot be read ({what}); export it again") from error
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from qtool.errors import QtoolError
 from qtool.formats.kivi import KiviScheme
 from qtool.methods.quantize.kivi import KiviOptions, kivi
 from qtool.model.handle import ModelHandle
-from qtool.model.kivi_attention import KiviLayer
+from qtool.model.rounded_attention import KiviLayer
 from qtool.model.store import load_changes
 from qtool.options import ModelOptions
 from qtool.pipeline.checks import check_recipe

@@ -1,16 +1,17 @@
-"""KIVI in a transformers model: a cache layer that generate() fills, and the attention that reads it.
+"""Attention that rounds, in a transformers model: a KIVI cache that generate() fills, queries and probabilities.
 
 An attention with a KIVI cache takes its keys and values from a `KiviCache`: one of its own for each window where no cache is
 given, and otherwise the layer that it puts into the given cache in place of the empty dynamic one. So whatever makes a
 DynamicCache, generate() among it, holds packed codes:
     cache = model.generate(tokens, return_dict_in_generate=True).past_key_values;  sum(layer.nbytes for layer in cache.layers)
-The attention itself is a function registered with transformers' AttentionInterface, instead of `sdpa`, for these
-modules alone; where all queries see the same entries, as in every step of decoding, it is `sdpa`.
+The attention itself is a function registered with transformers' AttentionInterface, instead of `sdpa`, for these modules alone.
+It hands on to `sdpa` where all queries see the same entries, as in every step of decoding, and probabilities are not rounded.
 Why a layer and not another Cache: generate() and models make the cache, in many places, and nothing has to be patched.
 """
 
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -19,12 +20,23 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
 from qtool.layers.kivi_cache import KiviCache, View, attend
 from qtool.layers.kv_cache import stand_in
 
-ATTENTION = "qtool_kivi"  # the function's name with transformers
-VIEW = "kivi_view"  # attribute of an attention: what its queries see, between the cache's update and the function
+ATTENTION = "qtool"  # the function's name with transformers
+STATE = "qtool_state"  # attribute of an attention
+INSTEAD = "leave the step away, or use quantize/kv_cache, which serves every attention with a cache"
+
+
+@dataclass
+class AttentionState:
+    """What an attention rounds, and between the cache's update and the function what its queries see."""
+
+    kivi: KiviScheme | None = None
+    rounding: AttentionRounding | None = None
+    view: View | None = None
 
 
 class KiviLayer(CacheLayerMixin):
@@ -99,7 +111,7 @@ class KiviPassage:
             view = KiviCache(self._scheme).extend(k, v, keep=False)
         else:
             view = _layer_in(self._cache, layer_idx, self._scheme).extend(k, v)
-        setattr(self._attention, VIEW, view)
+        state_of(self._attention).view = view
         return view.k.late, view.v.late
 
     def __getattr__(self, name: str) -> Any:
@@ -108,31 +120,43 @@ class KiviPassage:
 
 def quantize_by_kivi(attention: nn.Module, scheme: KiviScheme) -> None:
     """Let an attention keep its keys and values by the scheme; raises QtoolError where it cannot."""
-    if (reason := misfit(attention)) is not None:
-        raise QtoolError(f"{type(attention).__name__}: {reason}")
-    AttentionInterface.register(ATTENTION, kivi_attention)
-    config = copy.copy(cast(Any, attention).config)  # the other modules and the model's masks keep theirs
-    config._attn_implementation_internal = ATTENTION  # the property would tell the parts that the copy shares
-    cast(Any, attention).config = config
-    setattr(attention, VIEW, None)
+    if getattr(attention, STATE, AttentionState()).kivi is not None:
+        raise QtoolError(f"{type(attention).__name__}: its cache is quantized already; quantize it once")
+    state_of(attention).kivi = scheme
     stand_in(attention, lambda module, cache: KiviPassage(module, cache, scheme))
 
 
+def round_attention(attention: nn.Module, rounding: AttentionRounding) -> None:
+    """Let an attention round its queries and probabilities; raises QtoolError where it cannot."""
+    state_of(attention).rounding = rounding
+
+
+def state_of(attention: nn.Module) -> AttentionState:
+    """The state of an attention, which from now on goes through `attention_function`; raises QtoolError where it cannot."""
+    if (found := getattr(attention, STATE, None)) is None:
+        if (reason := misfit(attention)) is not None:
+            raise QtoolError(f"{type(attention).__name__}: {reason}")
+        AttentionInterface.register(ATTENTION, attention_function)
+        config = copy.copy(cast(Any, attention).config)  # the other modules and the model's masks keep theirs
+        config._attn_implementation_internal = ATTENTION  # the property would tell the parts that the copy shares
+        cast(Any, attention).config = config
+        found = AttentionState()
+        setattr(attention, STATE, found)
+    return cast(AttentionState, found)
+
+
 def misfit(attention: nn.Module) -> str | None:
-    """Why an attention cannot read such a cache, and what to do; None where it can."""
+    """Why an attention cannot go through `attention_function`, and what to do; None where it can."""
     names = inspect.unwrap(type(attention).forward).__code__.co_names
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    instead = "use quantize/kv_cache, which rounds each entry once"
     if "ALL_ATTENTION_FUNCTIONS" not in names:
-        return f"its attention does not go through transformers' AttentionInterface; {instead}"
-    if implementation == ATTENTION:
-        return "its cache is quantized already; quantize it once"
-    if implementation != "sdpa":
-        return f"its attention runs as {implementation}, must run as sdpa; {instead}"
+        return f"its attention does not go through transformers' AttentionInterface; {INSTEAD}"
+    if implementation not in ("sdpa", ATTENTION):
+        return f"its attention runs as {implementation}, must run as sdpa; {INSTEAD}"
     return None
 
 
-def kivi_attention(
+def attention_function(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -143,22 +167,28 @@ def kivi_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function of the AttentionInterface; query [batch, heads, queries, head_dim], key and value as the cache gave them."""
-    view = cast(View | None, getattr(module, VIEW))
-    setattr(module, VIEW, None)
-    if view is None or key is not view.k.late or value is not view.v.late:
+    state = state_of(module)
+    view, state.view = state.view, None
+    rounding = state.rounding
+    if state.kivi is None:
+        view = View.plain(key, value, query.shape[2])
+    elif view is None or key is not view.k.late or value is not view.v.late:
         raise QtoolError(
             f"{type(module).__name__}: it does not read the keys and values that it cached as they are, so that quantize/kivi "
-            "does not know what its queries see; use quantize/kv_cache"
+            f"does not know what its queries see; {INSTEAD}"
         )
-    if view.is_settled:
+    if rounding is not None:
+        query = rounding.round_queries(query)
+    if view.is_settled and (rounding is None or rounding.probabilities is None):
         found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
     for name in ("softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
-            raise QtoolError(f"{type(module).__name__}: quantize/kivi knows no attention with {name}; use quantize/kv_cache")
-    return attend(query, view, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, dropout), None
+            raise QtoolError(f"{type(module).__name__}: attention with {name} cannot be rounded; {INSTEAD}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, view, attention_mask, scaling, dropout, rounding), None
 
 
 def _layer_in(cache: Any, index: int, scheme: KiviScheme) -> KiviLayer:

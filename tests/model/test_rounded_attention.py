@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from qtool.errors import QtoolError
 from qtool.formats.kivi import KiviScheme
 from qtool.model.handle import ModelHandle
-from qtool.model.kivi_attention import KiviLayer, misfit, quantize_by_kivi
+from qtool.model.rounded_attention import KiviLayer, misfit, quantize_by_kivi
 from qtool.options import ModelOptions
 
 TinyModel = Callable[..., Path]
@@ -48,7 +48,7 @@ def window_of(model: Any) -> Tensor:
 
 
 def test_an_attention_without_the_interface_is_refused(tiny_model: TinyModel) -> None:
-    with pytest.raises(QtoolError, match="does not go through transformers' AttentionInterface; use quantize/kv_cache"):
+    with pytest.raises(QtoolError, match="does not go through transformers' AttentionInterface; .* use quantize/kv_cache"):
         model_of(tiny_model("falcon"), SCHEME)
 
 
@@ -128,7 +128,8 @@ def test_caches_of_another_kind_are_refused(tiny_model: TinyModel) -> None:
 def test_a_cache_is_quantized_once_and_needs_sdpa(tiny_model: TinyModel) -> None:
     model = model_of(tiny_model("llama"), SCHEME)
     attention = model.model.layers[0].self_attn
-    assert "its cache is quantized already; quantize it once" in str(misfit(attention))
+    with pytest.raises(QtoolError, match="its cache is quantized already; quantize it once"):
+        quantize_by_kivi(attention, SCHEME)
     attention.config._attn_implementation_internal = "eager"
     assert "its attention runs as eager, must run as sdpa" in str(misfit(attention))
 
