@@ -134,8 +134,8 @@ def round_attention(attention: nn.Module, rounding: AttentionRounding) -> None:
 def state_of(attention: nn.Module) -> AttentionState:
     """The state of an attention, which from now on goes through `attention_function`; raises QtoolError where it cannot."""
     if (found := getattr(attention, STATE, None)) is None:
-        if (reason := misfit(attention)) is not None:
-            raise QtoolError(f"{type(attention).__name__}: {reason}")
+        if not _has_interface(attention):  # what it runs as is checked before any work, and may be eager while it is inspected
+            raise QtoolError(f"{type(attention).__name__}: {misfit(attention)}")
         AttentionInterface.register(ATTENTION, attention_function)
         config = copy.copy(cast(Any, attention).config)  # the other modules and the model's masks keep theirs
         config._attn_implementation_internal = ATTENTION  # the property would tell the parts that the copy shares
@@ -147,13 +147,17 @@ def state_of(attention: nn.Module) -> AttentionState:
 
 def misfit(attention: nn.Module) -> str | None:
     """Why an attention cannot go through `attention_function`, and what to do; None where it can."""
-    names = inspect.unwrap(type(attention).forward).__code__.co_names
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if "ALL_ATTENTION_FUNCTIONS" not in names:
+    if not _has_interface(attention):
         return f"its attention does not go through transformers' AttentionInterface; {INSTEAD}"
     if implementation not in ("sdpa", ATTENTION):
         return f"its attention runs as {implementation}, must run as sdpa; {INSTEAD}"
     return None
+
+
+def _has_interface(attention: nn.Module) -> bool:
+    """Whether its forward asks transformers for the function that attends."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
 
 
 def attention_function(

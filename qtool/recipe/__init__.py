@@ -229,6 +229,9 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if method.kind == "export" and not method.holds_attention and rounded is not None:
             text = f"{method.key} cannot hold an attention that rounds ({rounded}); use export/qtool"
             problems.append((key.start_mark, text))
+        if method.kind == "transform" and method.scope == "block" and (before := kept or rounded) is not None:
+            text = f"{method.key} must leave what blocks compute as it is, which rounding ({before}) hides; put it before"
+            problems.append((key.start_mark, text))
         if method.scope == "attention":
             if rounded is not None:
                 problems.append((key.start_mark, f"{method.key}: {rounded} rounds attentions already; state all in one step"))

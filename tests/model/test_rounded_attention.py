@@ -11,8 +11,10 @@ from transformers import DynamicCache
 
 from qtool.errors import QtoolError
 from qtool.formats.kivi import KiviScheme
+from qtool.model.attention import EagerAttention
 from qtool.model.handle import ModelHandle
 from qtool.model.rounded_attention import KiviLayer, misfit, quantize_by_kivi
+from qtool.model.store import save_changes
 from qtool.options import ModelOptions
 
 TinyModel = Callable[..., Path]
@@ -132,6 +134,24 @@ def test_a_cache_is_quantized_once_and_needs_sdpa(tiny_model: TinyModel) -> None
         quantize_by_kivi(attention, SCHEME)
     attention.config._attn_implementation_internal = "eager"
     assert "its attention runs as eager, must run as sdpa" in str(misfit(attention))
+
+
+def test_gradients_reach_what_made_the_keys(tiny_model: TinyModel) -> None:
+    """Training after it goes on: every linear of an attention has a gradient, finite and not zero."""
+    model = model_of(tiny_model("llama"), SCHEME)
+    linears = [getattr(model.model.layers[0].self_attn, f"{name}_proj").weight.requires_grad_(True) for name in "qkvo"]
+    model(TOKENS, use_cache=False).logits.square().mean().backward()
+    assert all(bool(torch.isfinite(weight.grad).all()) and float(weight.grad.norm()) > 0 for weight in linears)
+
+
+def test_inspection_says_that_there_are_no_weights_to_see(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    names = ModelHandle(ModelOptions(path=str(folder))).attention_names()
+    for index, name in enumerate(names):
+        save_changes(tmp_path / "changes" / f"block_{index:03d}.safetensors", {name: SCHEME})
+    handle = ModelHandle(ModelOptions(path=str(folder)), (tmp_path / "changes",))
+    eager, hidden = EagerAttention(handle, 44), handle.embed(TOKENS)
+    assert "returns no attention weights" in str(eager.weights(handle.block(0), hidden[:1]))
 
 
 def test_an_attention_that_changes_what_it_cached_is_told(tiny_model: TinyModel) -> None:

@@ -32,7 +32,9 @@ def attention(q: Tensor, A: Tensor, options: AttentionOptions) -> tuple[Tensor, 
 
 def check_attentions(model: ModelHandle, options: AttentionOptions) -> None:
     """Raise QtoolError where an attention cannot be told to round, or rounds already."""
-    for name in model.attention_names():
+    if not (names := model.attention_names()):
+        raise QtoolError(f"quantize/attention: {type(model.model).__name__} has no attention that takes a cache")
+    for name in names:
         if (reason := misfit(model.model.get_submodule(name))) is not None:
             raise QtoolError(f"quantize/attention: {name}: {reason}")
     if (rounding := model.rounding()) is not None:

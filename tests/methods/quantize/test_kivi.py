@@ -134,6 +134,11 @@ def test_what_cannot_be_cached_so_is_refused_before_any_work(
         check_recipe(recipe_of(tiny_model(family, **fields), step))
 
 
+def test_a_transform_comes_before(tiny_model: TinyModel) -> None:
+    with pytest.raises(QtoolError, match=r"r:5: transform/smoothquant must .*, which rounding \(r:4\) hides; put it before"):
+        recipe_of(tiny_model("llama"), TEXT, KIVI, "transform/smoothquant: {}")
+
+
 def test_bits_that_no_word_packs_are_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(QtoolError, match=r"quantize/kivi: key_bits is 5; valid: 2, 3, 4, 8"):
         recipe_of(tiny_model("llama"), "quantize/kivi: {key_bits: 5}")
