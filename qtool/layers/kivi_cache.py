@@ -184,10 +184,11 @@ def _extend(side: Side, held: Held | None, x: Tensor, lengths: tuple[int, int, i
     n_leaving = max(side.end(after), offset) - max(side.end(before), offset)
     leaving, staying = last[:, :, :n_leaving], last[:, :, n_leaving:]
     old = [] if held.packed is None else [held.packed.dequantize(x.dtype)]
-    early = torch.cat([first, *old, last], 2)
     if n_leaving == 0:
-        return Seen(side, early, early), Held(first, held.packed, last)
+        same = torch.cat([first, *old, last], 2)
+        return Seen(side, same, same), Held(first, held.packed, last)
     late = torch.cat([first, *old, side.round(leaving), staying], 2)
+    early = late if after - before == 1 else torch.cat([first, *old, last], 2)
     packed = held.packed
     if keep:
         new = PackedGroups.of(side, leaving)
