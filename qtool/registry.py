@@ -34,7 +34,7 @@ GUIDES = {
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
     "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
-Scope = Literal["linear", "block", "cache", "model", "training"]
+Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "model", "training"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Method:
     rowwise: bool = False  # output channels do not influence each other: linears that share an input go in one call
     holds_additions: bool = False  # an export that also holds what stands beside codes and scales: low-rank factors, outliers
     holds_cache: bool = False  # an export that also holds the scales of a quantized cache
+    holds_kivi: bool = False  # an export that also says how KIVI keeps a cache
+    holds_attention: bool = False  # an export that also says what attentions round
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
     holds: Callable[..., None] | None = None  # an export: (model, {linear: scheme}, options) raises where it cannot write them
     storage: Callable[..., Any] | None = None  # an export of single linears: from what holds takes to a writer.Storage

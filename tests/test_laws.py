@@ -13,10 +13,13 @@ from qtool import laws, registry
 from qtool.artifact import Metric
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.allocation import Problem, SearchOptions
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.sparsity import SparsitySelection, choose
 from qtool.formats.tensor import QuantizedTensor, quantize
+from qtool.layers.kivi_cache import KiviCache
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.wiring import Edits, Scaling, scale_edits
 from qtool.model.writer import write_checkpoint
@@ -262,3 +265,77 @@ BROKEN_ON_MODELS = [
 def test_a_law_catches_a_broken_method_on_a_model(kind: str, scope: Scope, run: Callable[..., object], law: str) -> None:
     with pytest.raises(AssertionError):
         laws.of(Method(run=run, options=Options, scope=scope, key=f"{kind}/broken"))[law]()
+
+
+# ---- the cache: keys and values, kept ----
+
+
+def kept_too_few(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"residual": 8, "sinks": 0}))
+
+
+def keeps_two_bits(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"key_bits": 2}))
+
+
+def other_groups(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    return kivi_of(k, v, options.model_copy(update={"keys": "per_token"}))
+
+
+def kivi_of(k: Tensor, v: Tensor, options: KiviScheme) -> tuple[Tensor, Tensor]:
+    view = KiviCache(options).extend(k, v)
+    return view.k.late, view.v.late
+
+
+BROKEN_CACHES = [
+    (kept_too_few, "the_first_and_the_latest_stay"),
+    (keeps_two_bits, "more_bits_lose_less"),
+    (other_groups, "the_cache_gives_back_what_the_method_says"),
+]
+
+
+@pytest.mark.parametrize(("run", "law"), BROKEN_CACHES, ids=[row[1] for row in BROKEN_CACHES])
+def test_the_laws_of_caches_catch_a_broken_member(run: Callable[..., tuple[Tensor, Tensor]], law: str) -> None:
+    method = Method(run=run, options=KiviScheme, scope="packed_cache", key="quantize/broken")
+    with pytest.raises(AssertionError):
+        laws.of(method)[law]()
+    laws.of(replace(method, run=kivi_of))[law]()
+
+
+# ---- attention: queries and probabilities ----
+
+
+def rounds_both(q: Tensor, A: Tensor, options: AttentionRounding) -> tuple[Tensor, Tensor]:
+    return rounding_of(q, A, AttentionRounding(queries="int8", probabilities="int8"))
+
+
+def by_one_range(q: Tensor, A: Tensor, options: AttentionRounding) -> tuple[Tensor, Tensor]:
+    return options.round_queries(q.transpose(2, 3)).transpose(2, 3), options.round_probabilities(A)
+
+
+def gives_all_a_share(q: Tensor, A: Tensor, options: AttentionRounding) -> tuple[Tensor, Tensor]:
+    return options.round_queries(q), options.round_probabilities(A + 0.1)
+
+
+def rounds_to_four_bits(q: Tensor, A: Tensor, options: AttentionRounding) -> tuple[Tensor, Tensor]:
+    return rounding_of(q, A, AttentionRounding(queries="int4", probabilities="int4"))
+
+
+def rounding_of(q: Tensor, A: Tensor, options: AttentionRounding) -> tuple[Tensor, Tensor]:
+    return options.round_queries(q), options.round_probabilities(A)
+
+
+BROKEN_ATTENTIONS = [
+    (rounds_both, "what_is_not_stated_stays"),
+    (by_one_range, "tokens_are_rounded_one_by_one"),
+    (gives_all_a_share, "what_is_not_seen_stays_unseen"),
+    (rounds_to_four_bits, "more_bits_of_attention_lose_less"),
+]
+
+
+@pytest.mark.parametrize(("run", "law"), BROKEN_ATTENTIONS, ids=[row[1] for row in BROKEN_ATTENTIONS])
+def test_the_laws_of_attentions_catch_a_broken_member(run: Callable[..., tuple[Tensor, Tensor]], law: str) -> None:
+    method = Method(run=run, options=AttentionRounding, scope="attention", key="quantize/broken")
+    with pytest.raises(AssertionError):
+        laws.of(method)[law]()
+    laws.of(replace(method, run=rounding_of))[law]()

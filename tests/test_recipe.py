@@ -101,7 +101,7 @@ gates:
         ("w4a16g128", "w4g", 6, "write w<bits>a<bits>"),
         ("w4a16g128", "w9a16", 6, "scheme.weights.bits is 9; valid: integer >= 1 and <= 8"),
         ("w4a16g128", "{weights: {bits: 4, grup: 128}}", 6, 'scheme.weights: there is no "grup"; did you mean "group"'),
-        ("w4a16g128", "w4a4kv4", 6, "the cache is a step of its own, quantize/kv_cache"),
+        ("w4a16g128", "w4a4kv4", 6, "step of its own, quantize/kivi: {key_bits: 4, value_bits: 4}; leave kv4 away"),
         ("scheme: w4a16g128, ", "", 6, "scheme is missing: shorthand such as w4a16g128"),
         ("source: demo:test, ", "", 7, "evaluate/perplexity: source is missing"),
         ("  - evaluate/perplexity: {", "  - evaluate/perplexity\n  - evaluate/perplexity: {", 7, "step 4 must be"),

@@ -52,7 +52,8 @@ def in_numbers(made: "Plan") -> dict[str, object]:
     ]
     costs = [{**asdict(cost), "seconds": round(cost.seconds(made.rate), 1)} for cost in made.costs]
     totals = {"seconds": round(made.seconds, 1), "peak_memory_bytes": made.peak_bytes, "disk_bytes": made.disk_bytes}
-    return {"modules": [asdict(row) for row in made.rows], "cache": made.cache, "exports": exports, "steps": costs, **totals}
+    cache = {"cache": made.cache, "cache_bytes_per_token": made.cache_bytes, "attention": made.attention}
+    return {"modules": [asdict(row) for row in made.rows], **cache, "exports": exports, "steps": costs, **totals}
 
 
 def print_plan(made: "Plan", console: Console) -> None:
@@ -63,7 +64,9 @@ def print_plan(made: "Plan", console: Console) -> None:
         table.add_row(escape(row.name), str(row.count), f"{row.shape[0]} × {row.shape[1]}", row.scheme, row.step)
     console.print(table)
     if made.cache is not None:
-        console.print(f"\n[bold]key/value cache[/bold]  {made.cache}")
+        console.print(f"\n[bold]key/value cache[/bold]  {made.cache}, {made.cache_bytes:,.0f} bytes a token")
+    if made.attention is not None:
+        console.print(f"\n[bold]attention[/bold]  {made.attention}")
     for export in made.exports:
         print_export(export, console)
     console.print()

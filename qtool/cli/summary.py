@@ -22,6 +22,7 @@ def print_summary(results: Row, folder: Path) -> None:
         f"[bold]size[/bold]  {before / 2**20:,.1f} → {after / 2**20:,.1f} MiB ({before / after:.2f}×), "
         f"{model['bits_per_weight']:.2f} bits per weight, {model['parameters'] / 1e6:,.1f} M parameters"
         + ("" if model.get("cache") is None else f", cache {model['cache']}")
+        + ("" if model.get("attention") is None else f", attention: {model['attention']}")
     )
     for export in results["exports"]:
         kept = "" if export["lossless"] else ", not lossless"

@@ -3,7 +3,7 @@
     w4a16g128          4-bit weights in groups of 128 along `in`, activations as they are
     w4a16g128-asym     the same with zero points, which are codes; -asymf16: with zero points in float16
     w8a8               8-bit weights, one scale per output channel; 8-bit activations, one scale per token
-    w4a4kv4            and a 4-bit key/value cache
+    w4a4kv4            and a 4-bit key/value cache, which in a recipe is a step of its own, quantize/kivi or quantize/kv_cache
     nf4g64, e2m1g128   a format of a table (see codebook.py) in groups of 64 or 128; -asymf16 as above
     power4g128         4-bit weights on a power grid
     e8pg64             eight weights in a code of 16 bits, a point of a lattice (see lattice.py)

@@ -14,7 +14,20 @@ from qtool.laws.allocation import (
     the_budget_is_kept,
     the_most_sensitive_unit_gets_the_most,
 )
-from qtool.laws.cache import scales_follow_the_range, what_was_seen_is_covered
+from qtool.laws.attention import (
+    more_bits_of_attention_lose_less,
+    tokens_are_rounded_one_by_one,
+    what_is_not_seen_stays_unseen,
+    what_is_not_stated_stays,
+)
+from qtool.laws.cache import (
+    decoding_is_the_window,
+    more_bits_lose_less,
+    scales_follow_the_range,
+    the_cache_gives_back_what_the_method_says,
+    the_first_and_the_latest_stay,
+    what_was_seen_is_covered,
+)
 from qtool.laws.linear import (
     codes_in_range,
     error_falls_with_rank,
@@ -71,6 +84,18 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         the_blocks_error_is_no_worse_than_roundings,
     ),
     ("quantize", "cache"): (what_was_seen_is_covered, scales_follow_the_range),
+    ("quantize", "packed_cache"): (
+        the_first_and_the_latest_stay,
+        more_bits_lose_less,
+        the_cache_gives_back_what_the_method_says,
+        decoding_is_the_window,
+    ),
+    ("quantize", "attention"): (
+        what_is_not_stated_stays,
+        tokens_are_rounded_one_by_one,
+        what_is_not_seen_stays_unseen,
+        more_bits_of_attention_lose_less,
+    ),
     ("prune", "linear"): (
         sparsity_is_exact,
         pattern_is_exact,

@@ -46,11 +46,16 @@ def attentions_of(block: nn.Module) -> dict[str, nn.Module]:
 
 def pass_through(attention: nn.Module, change: Change) -> RemovableHandle:
     """Let every new key and value of an attention go through `change` first, until the handle is removed."""
+    return stand_in(attention, lambda module, cache: Passage(cache, change))
+
+
+def stand_in(attention: nn.Module, make: Callable[[nn.Module, Any], object]) -> RemovableHandle:
+    """Hand an attention make(attention, cache) where it is given a cache, or None, until the handle is removed."""
     argument = _argument_of(attention)
     assert argument is not None, "attentions_of finds what takes a cache"
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs | {argument: Passage(kwargs.get(argument), change)}
+        return args, kwargs | {argument: make(module, kwargs.get(argument))}
 
     return attention.register_forward_pre_hook(replace, with_kwargs=True)
 

@@ -3,8 +3,8 @@
 Other forwards never hold them: the fused kernels return outputs only. Of a copy of one block in memory the implementation
 is set to `eager`, which returns its weights beside its output in every family that follows transformers' interface; masks
 are those that the model itself makes for `eager`, recorded once.
-A block that gives none (state spaces, linear attention, code of a model's own), or whose eager output is not what the block
-computes otherwise, is told apart: then there are no attention weights, and the reason is said.
+A block that gives none (state spaces, linear attention, KIVI's cache, code of a model's own), or whose eager output is not
+what the block computes otherwise, is told apart: then there are no attention weights, and the reason is said.
 Memory: one window's weights, heads · length² numbers a block.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.model.handle import Block, ModelHandle
+from qtool.model.rounded_attention import ATTENTION
 
 TOLERANCE = 0.05  # of what the block adds to its input, relative; sums of bfloat16 in another order differ by a tenth of it
 
@@ -74,7 +75,7 @@ def eager(root: nn.Module) -> Iterator[None]:
     configs: dict[int, Any] = {}
     for module in root.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) is not None:
+        if getattr(config, "_attn_implementation", None) not in (None, ATTENTION):  # KIVI's has no eager form
             configs[id(config)] = config
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():

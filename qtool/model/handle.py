@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import KvScheme, Scheme
@@ -31,7 +33,18 @@ from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_cache, load_changes, load_schemes
+from qtool.model.rounded_attention import quantize_by_kivi, round_attention
+from qtool.model.store import (
+    LOW_RANK,
+    ROUNDING,
+    Changes,
+    additions_among,
+    load_additions,
+    load_cache,
+    load_changes,
+    load_rounding,
+    load_schemes,
+)
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -81,9 +94,7 @@ class Block:
     @property
     def head_dim(self) -> int | None:
         """Channels of an attention head, where the config tells."""
-        config = self._handle.config.get_text_config()
-        stated: int | None = getattr(config, "head_dim", None)
-        return stated or int(config.hidden_size // config.num_attention_heads)
+        return self._handle.head_dim
 
     def call_arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model hands this block beside hidden [batch, length, hidden]: masks, positions."""
@@ -281,8 +292,10 @@ class ModelHandle:
                         factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
                         self._place_quantized(root, name, *quantized, factors[prefix + name])
             for name in attentions_of(root) if prefix else ():
-                if (scales := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
-                    self._place_cache(root, name, scales)
+                if (cache := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
+                    self._place_cache(root, name, cache)
+                if (rounding := reader.read_rounding(self.quantization)) is not None:
+                    round_attention(root.get_submodule(name), rounding)
         for name, value in changes.items():
             if isinstance(value, Tensor):
                 self._place(root, name.removeprefix(prefix), value.to(self.device))
@@ -290,8 +303,10 @@ class ModelHandle:
                 linear = name.removesuffix(".weight")
                 low_rank = changes.get(linear + LOW_RANK, factors.get(linear))
                 self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
-            elif isinstance(value, CacheScales):
+            elif isinstance(value, CacheScales | KiviScheme):
                 self._place_cache(root, name.removeprefix(prefix), value)
+            elif isinstance(value, AttentionRounding):
+                round_attention(root.get_submodule(name.removeprefix(prefix).removesuffix(ROUNDING)), value)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -317,7 +332,20 @@ class ModelHandle:
         """Every attention that keeps keys and values in a cache."""
         return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
 
-    def cache(self) -> KvScheme | None:
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, as the config tells."""
+        config = self.config.get_text_config()
+        stated: int | None = getattr(config, "head_dim", None)
+        return stated or int(config.hidden_size // config.num_attention_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values in a block, as the config tells."""
+        config = self.config.get_text_config()
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    def cache(self) -> KvScheme | KiviScheme | None:
         """What the key/value cache is quantized to, the same in all blocks that have one; reads headers and scales alone."""
         for index in range(self.n_blocks):
             path = self._changes_file(f"block_{index:03d}")
@@ -327,7 +355,15 @@ class ModelHandle:
             return None
         reader = reader_of(self.quantization)
         found = (reader.read_cache(self.checkpoint, name, self.quantization) for name in self.attention_names()[:1])
-        return next((scales.scheme for scales in found if scales is not None), None)
+        return next((one.scheme if isinstance(one, CacheScales) else one for one in found if one is not None), None)
+
+    def rounding(self) -> AttentionRounding | None:
+        """What attentions round between their linears, the same in all blocks; reads headers alone."""
+        for index in range(self.n_blocks):
+            path = self._changes_file(f"block_{index:03d}")
+            if path is not None and (rounding := load_rounding(path)) is not None:
+                return rounding
+        return None if self.quantization is None else reader_of(self.quantization).read_rounding(self.quantization)
 
     def additions(self) -> dict[str, str]:
         """Full names of the linears that have more than codes, scales and zero points: what more; reads headers alone."""
@@ -439,8 +475,11 @@ class ModelHandle:
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
         owner.register_module(last, layer)
 
-    def _place_cache(self, root: nn.Module, name: str, scales: CacheScales) -> None:
-        quantize_cache(root.get_submodule(name), scales.to(self.device))
+    def _place_cache(self, root: nn.Module, name: str, cache: CacheScales | KiviScheme) -> None:
+        if isinstance(cache, KiviScheme):
+            quantize_by_kivi(root.get_submodule(name), cache)
+        else:
+            quantize_cache(root.get_submodule(name), cache.to(self.device))
 
     # ---- running ----
 

@@ -22,7 +22,7 @@ from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.store import LOW_RANK, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
 
-VERSION = 2  # 2: with the scales of a quantized cache
+VERSION = 2  # 2: with a quantized cache, or with attentions that round
 FACTS = "facts"
 Form = tuple[str, tuple[int, ...]]  # dtype and shape
 Read = Callable[[list[str]], dict[str, Tensor]]  # those of the named tensors that there are

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import Format, KvScheme, ScaleDtype, Scheme, ZeroDtype
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
@@ -77,7 +78,7 @@ class ServedSchemes(Options):
             ),
             (weights.group_along == "out_channel", "its groups lie along `out` (-ic), must lie along `in`"),
             (inputs in self.activations, f"of rounded inputs it has {inputs}, must have {_or(self.activations)}"),
-            (scheme.kv is None, "its cache is quantized, which is a step of its own, quantize/kv_cache; leave kv out"),
+            (scheme.kv is None, "its cache is quantized, which is a step of its own; leave kv out"),
             (n_in % self.in_multiple == 0, f"it has {n_in} inputs, must have a multiple of {self.in_multiple}"),
             (n_out % self.out_multiple == 0, f"it has {n_out} outputs, must have a multiple of {self.out_multiple}"),
             (
@@ -110,7 +111,7 @@ class Serving(Options):
     experts: bool = False  # quantized experts, where `schemes` says so too
     fused_alike: bool = False  # quantized linears that are joined (q, k, v; gate, up) must have one scheme
     fused_dense: Literal["free", "whole", "never"] = "free"  # joined linears may be dense: each, only all together, not at all
-    caches: tuple[Literal["e4m3", "int8"], ...] = ()  # formats of a quantized key/value cache
+    caches: tuple[Literal["e4m3", "int8", "kivi"], ...] = ()  # formats of a quantized key/value cache
     schemes: tuple[ServedSchemes, ...] = ()
     but: tuple[ServedSchemes, ...] = ()
 
@@ -139,13 +140,15 @@ def load_table() -> tuple[Serving, ...]:
 
 
 def servings(
-    export: str, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | None = None
+    export: str, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None = None
 ) -> list[tuple[Serving, str | None]]:
     """Every entry of an export (gguf, gptq, ...) with its refusal of the model, None where it is served."""
     return [(entry, refusal(entry, model, schemes, cache)) for entry in load_table() if entry.export == export]
 
 
-def refusal(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | None = None) -> str | None:
+def refusal(
+    entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None = None
+) -> str | None:
     """Why a runtime does not serve the model with these schemes, {full name of a quantized linear: scheme}; None where it does.
 
     The first reason found: which linear, what it is against what must be, how to put it right.
@@ -155,9 +158,9 @@ def refusal(entry: Serving, model: ModelHandle, schemes: dict[str, Scheme], cach
     kind = str(model.config.model_type)
     if entry.architectures is not None and kind not in entry.architectures:
         return f"{kind} models are not served; use another export, or another runtime"
-    if cache is not None and str(cache) not in entry.caches:
+    if cache is not None and ("kivi" if isinstance(cache, KiviScheme) else str(cache)) not in entry.caches:
         may = f"{_or(entry.caches)} alone" if entry.caches else "none"
-        return f"of quantized caches it serves {may}, not {cache}; quantize the cache so, or leave quantize/kv_cache away"
+        return f"of quantized caches it serves {may}, not {cache}; quantize the cache so, or leave its step away"
     units = fused_units(model.linear_names()) if entry.joins else {}
     return _refused_linear(entry, model, schemes, units) or _refused_unit(entry, schemes, units)
 

@@ -3,7 +3,8 @@
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
 low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; the scales of a quantized
-cache as `attention::k_scale` and `::v_scale`.
+cache as `attention::k_scale` and `::v_scale`; how KIVI keeps a cache, which has no tensor, in the header alone,
+and so does what an attention rounds, which changes name `attention.rounding`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
@@ -26,9 +29,10 @@ from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | CacheScales | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | CacheScales | KiviScheme | AttentionRounding | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
+ROUNDING = ".rounding"  # after the name of an attention
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -54,20 +58,25 @@ def save_changes(path: Path, changes: Changes) -> None:
     """Write one block's changes."""
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, dict[str, object]] = {}
-    caches: dict[str, KvScheme] = {}
+    caches: dict[str, KvScheme | KiviScheme] = {}
+    attentions: dict[str, AttentionRounding] = {}
     for name, value in changes.items():
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, CacheScales):
             tensors |= {f"{name}::k_scale": value.k_scale, f"{name}::v_scale": value.v_scale}
             caches[name] = value.scheme
+        elif isinstance(value, KiviScheme):
+            caches[name] = value
+        elif isinstance(value, AttentionRounding):
+            attentions[name] = value
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
             tensors |= {f"{name}::{part}": tensor for part, tensor in quantized_parts(value[0]).items()}
             schemes[name] = quantized_facts(*value)
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    facts = in_json({"weights": schemes, "caches": caches})  # one entry: several would stand in no order of their own
+    facts = in_json({"weights": schemes, "caches": caches, "attentions": attentions})  # one entry: several have no order
     write_atomically(path, lambda temporary: save_file(whole, temporary, metadata={"qtool": facts}))
 
 
@@ -127,11 +136,23 @@ def load_schemes(path: Path) -> dict[str, Scheme]:
     return {name: Scheme.model_validate(fact["scheme"]) for name, fact in facts.items()}
 
 
-def load_cache(path: Path) -> KvScheme | None:
+def cache_scheme(facts: dict[str, Any]) -> KvScheme | KiviScheme:
+    """The scheme of a cache whose fields are facts; raises ValueError for what is none."""
+    return KiviScheme.model_validate(facts) if "key_bits" in facts else KvScheme.model_validate(facts)
+
+
+def load_cache(path: Path) -> KvScheme | KiviScheme | None:
     """What one block's cache is quantized to; reads the file's header alone."""
     with open_file(path) as file:
         caches = json.loads(file.metadata()["qtool"])["caches"]
-    return next((KvScheme.model_validate(scheme) for scheme in caches.values()), None)
+    return next((cache_scheme(scheme) for scheme in caches.values()), None)
+
+
+def load_rounding(path: Path) -> AttentionRounding | None:
+    """What one block's attention rounds; reads the file's header alone."""
+    with open_file(path) as file:
+        attentions = json.loads(file.metadata()["qtool"]).get("attentions", {})
+    return next((AttentionRounding.model_validate(fields) for fields in attentions.values()), None)
 
 
 def load_additions(path: Path) -> dict[str, str]:
@@ -162,9 +183,13 @@ def load_changes(path: Path) -> Changes:
         prefix = f"{name}::"
         parts = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         changes[name] = restore_quantized(parts, stated)
-    for name, scheme in facts["caches"].items():
-        scales = tensors[f"{name}::k_scale"], tensors[f"{name}::v_scale"]
-        changes[name] = CacheScales(KvScheme.model_validate(scheme), *scales)
+    for name, fields in facts["caches"].items():
+        if isinstance(scheme := cache_scheme(fields), KiviScheme):
+            changes[name] = scheme
+        else:
+            changes[name] = CacheScales(scheme, tensors[f"{name}::k_scale"], tensors[f"{name}::v_scale"])
+    for name, fields in facts.get("attentions", {}).items():
+        changes[name] = AttentionRounding.model_validate(fields)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
     return changes

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.scheme import SchemeSelection
 from qtool.layers.kv_cache import CacheObserver, attentions_of, pass_through, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block
 from qtool.model.linear import shape_of, weight_of
+from qtool.model.rounded_attention import quantize_by_kivi, round_attention
+from qtool.model.store import ROUNDING
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings
 from qtool.options import Needs
 from qtool.pipeline.twin import Twin
@@ -75,6 +79,20 @@ def quantize_cache_of(block: Block, method: Method, options: Any, hidden: Tensor
         quantize_cache(attentions[name], found.to(block.device))
         work.changes[full] = found
     return block.forward(hidden)
+
+
+def keep_cache_of(block: Block, options: KiviScheme, work: Work) -> None:
+    """Let a block's attention keep its keys and values by options; nothing is read off the model."""
+    for name, attention in attentions_of(block.module).items():
+        quantize_by_kivi(attention, options)
+        work.changes[f"{block.name}.{name}"] = options
+
+
+def round_attention_of(block: Block, options: AttentionRounding, work: Work) -> None:
+    """Let a block's attention round between its linears; nothing is read off the model."""
+    for name, attention in attentions_of(block.module).items():
+        round_attention(attention, options)
+        work.changes[f"{block.name}.{name}{ROUNDING}"] = options
 
 
 def tune_block(

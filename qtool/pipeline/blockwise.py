@@ -23,7 +23,7 @@ from qtool.model.handle import BATCH, Block, ModelHandle
 from qtool.model.memory import large_pieces_returned
 from qtool.model.store import save_changes
 from qtool.options import Needs, Selection, require_matches
-from qtool.pipeline.block_scope import quantize_cache_of, transform_block, tune_block
+from qtool.pipeline.block_scope import keep_cache_of, quantize_cache_of, round_attention_of, transform_block, tune_block
 from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
@@ -85,6 +85,10 @@ def run_blockwise(
                 elif method.scope == "cache":
                     assert hidden is not None
                     hidden = quantize_cache_of(block, method, options, hidden, work)
+                elif method.scope == "packed_cache":
+                    keep_cache_of(block, options, work)
+                elif method.scope == "attention":
+                    round_attention_of(block, options, work)
                 elif method.scope == "block":
                     assert hidden is not None and twin is not None
                     hidden = tune_block(block, method, options, hidden, twin, seed, work)

@@ -7,6 +7,8 @@ import torch
 
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import CacheSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import servings
@@ -41,9 +43,9 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
             check_covered(model, step.method, options, search.options)
         elif isinstance(options, Selection):
             check_selection(model, step.method, options)
-    if step.method.scope == "cache" and not model.attention_names():
+    if step.method.scope in ("cache", "packed_cache"):
         with located(step):
-            raise QtoolError(f"{step.key}: no attention of {type(model.model).__name__} takes a cache that could be quantized")
+            check_uncached(step, model)
     if step.method.check is not None:
         with located(step):
             step.method.check(model, step.options)
@@ -56,11 +58,16 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
             with located(step):
                 check_additions(step, model)
                 check_cache(step, model)
+                check_rounding(step, model)
         if step.method.holds is not None:
+            cache = planned_cache(model, steps[:index])
+            has_rounding = planned_rounding(model, steps[:index]) is not None
+            holds_without = step.method.holds_attention and (has_rounding or isinstance(cache, KiviScheme))  # quantized linears
             for schemes in planned_schemes(model, steps[:index]):
                 with located(step):
-                    step.method.holds(model, schemes, step.options)
-                    check_runtime(model, step, schemes, planned_cache(model, steps[:index]))
+                    if schemes or not holds_without:
+                        step.method.holds(model, schemes, step.options)
+                    check_runtime(model, step, schemes, cache)
 
 
 def check_additions(step: Step, model: ModelHandle) -> None:
@@ -72,12 +79,29 @@ def check_additions(step: Step, model: ModelHandle) -> None:
 
 
 def check_cache(step: Step, model: ModelHandle) -> None:
-    """Raise QtoolError where an export has no place for the scales of a quantized cache, and the model has such."""
-    if not step.method.holds_cache and model.cache() is not None:
+    """Raise QtoolError where an export has no place for how a quantized cache is kept, and the model has such."""
+    cache = model.cache()
+    if isinstance(cache, KiviScheme) and not step.method.holds_kivi:
+        raise QtoolError(f"{step.key} cannot hold a cache that KIVI keeps; use export/qtool")
+    if isinstance(cache, KvScheme) and not step.method.holds_cache:
         raise QtoolError(f"{step.key} cannot hold a quantized cache; use export/compressed_tensors or export/qtool")
 
 
-def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], cache: KvScheme | None) -> None:
+def check_rounding(step: Step, model: ModelHandle) -> None:
+    """Raise QtoolError where an export cannot say what attentions round, and the model's do."""
+    if not step.method.holds_attention and (rounding := model.rounding()) is not None:
+        raise QtoolError(f"{step.key} cannot hold an attention with {rounding}; use export/qtool")
+
+
+def check_uncached(step: Step, model: ModelHandle) -> None:
+    """Raise QtoolError where no attention has a cache to quantize, or it came quantized."""
+    if not model.attention_names():
+        raise QtoolError(f"{step.key}: no attention of {type(model.model).__name__} takes a cache that could be quantized")
+    if (cache := model.cache()) is not None:
+        raise QtoolError(f"{step.key}: the model's cache is {cache} already; leave the step away, or use the model before it")
+
+
+def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None) -> None:
     """Raise QtoolError where the runtime that an export's options ask for does not serve these schemes."""
     if not isinstance(step.options, ExportOptions) or (wanted := step.options.runtime) is None:
         return
@@ -107,10 +131,20 @@ def located(step: Step) -> Iterator[None]:
         ) from error
 
 
-def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | None:
+def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | KiviScheme | None:
     """What the key/value cache is quantized to after `steps`."""
-    stated = [step.options.scheme for step in steps if isinstance(step.options, CacheSelection)]
-    return stated[-1] if stated else model.cache()
+    for step in steps:  # the recipe check lets one step through
+        if isinstance(step.options, CacheSelection):
+            return step.options.scheme
+        if isinstance(step.options, KiviScheme):
+            return step.options
+    return model.cache()
+
+
+def planned_rounding(model: ModelHandle, steps: Sequence[Step]) -> AttentionRounding | None:
+    """What attentions round between their linears after `steps`."""
+    stated = [step.options for step in steps if isinstance(step.options, AttentionRounding)]
+    return stated[0] if stated else model.rounding()
 
 
 def planned_schemes(model: ModelHandle, steps: Sequence[Step]) -> Iterator[dict[str, Scheme]]:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtool.formats.allocation import SearchOptions, stored_bytes
-from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.formats.kivi import KiviScheme
+from qtool.formats.scheme import KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
 from qtool.options import Selection
-from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_schemes
+from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_rounding, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
 
@@ -45,6 +46,8 @@ class Plan:
 
     rows: list[Row]
     cache: str | None  # what the key/value cache is quantized to
+    cache_bytes: float  # that a token's keys and values take in it, in all blocks; of tokens that do not stay as they are
+    attention: str | None  # what attentions round between their linears
     exports: list[PlannedExport]
     costs: list[Cost]
     rate: float  # operations a second of this machine
@@ -72,8 +75,19 @@ def make_plan(recipe: Recipe) -> Plan:
                 exports.append(plan_export(model, recipe.steps[:index], step))
     sizes = {export.key: export.bytes for export in exports}
     cache = planned_cache(model, recipe.steps)
-    words = None if cache is None else str(cache)
-    return Plan(rows_of(model, recipe.steps), words, exports, estimate(model, recipe.steps, recipe.seed, sizes), rate_of(model))
+    rounding = planned_rounding(model, recipe.steps)
+    words, rounded = (None if one is None else str(one) for one in (cache, rounding))
+    costs = estimate(model, recipe.steps, recipe.seed, sizes)
+    return Plan(rows_of(model, recipe.steps), words, cache_bytes(model, cache), rounded, exports, costs, rate_of(model))
+
+
+def cache_bytes(model: ModelHandle, cache: KvScheme | KiviScheme | None) -> float:
+    """Bytes of one token's keys and values in all blocks, where heads are as the config tells."""
+    if isinstance(cache, KiviScheme):
+        one = cache.bytes_per_token(model.head_dim, model.head_dim)
+    else:
+        one = 2 * model.head_dim * (model.dtype.itemsize if cache is None else cache.bits / 8)
+    return len(model.attention_names()) * model.n_kv_heads * one
 
 
 def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> PlannedExport:
@@ -99,7 +113,8 @@ def additions(schemes: dict[str, Scheme], model: ModelHandle, steps: Sequence[St
             for name in schemes:
                 if not options.is_ignored(name):
                     found[name][step.method.kind] = 0 if tell is None else tell(options, *model.linear_shape(name))
-    scales = {} if planned_cache(model, steps) is None else dict.fromkeys(model.attention_names(), 2 * model.dtype.itemsize)
+    has_scales = isinstance(planned_cache(model, steps), KvScheme)
+    scales = dict.fromkeys(model.attention_names(), 2 * model.dtype.itemsize) if has_scales else {}
     return scales | {name: sum(parts.values()) for name, parts in found.items()}
 
 

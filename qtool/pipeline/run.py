@@ -26,7 +26,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
-from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_step, located
+from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
@@ -208,6 +208,7 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
     """Export into a temporary folder, then give it its name: an interrupted export leaves nothing that looks finished."""
     check_additions(step, model)
     check_cache(step, model)
+    check_rounding(step, model)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -318,6 +319,7 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
         "bytes_compressed": after,
         "bits_per_weight": 8 * quantized_bytes / quantized_weights if quantized_weights else 8 * original.dtype.itemsize,
         "cache": None if (cache := compressed.cache()) is None else str(cache),
+        "attention": None if (rounding := compressed.rounding()) is None else str(rounding),
     }
 
 

@@ -190,7 +190,9 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     calibrated: str | None = None
     changed: str | None = None  # kind of the latest step that changes the model
     additions: dict[str, str] = {}  # step that adds to codes and scales: what
-    cached: str | None = None  # where the cache is quantized
+    cached: str | None = None  # where the cache is quantized by scales
+    kept: str | None = None  # or kept by KIVI
+    rounded: str | None = None  # where attentions are told to round
     quantized: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
@@ -221,7 +223,26 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if method.kind == "export" and not method.holds_cache and cached is not None:
             text = f"{method.key} cannot hold a quantized cache ({cached}); use export/compressed_tensors or export/qtool"
             problems.append((key.start_mark, text))
-        cached = place(key.start_mark) if method.scope == "cache" else cached
+        if method.kind == "export" and not method.holds_kivi and kept is not None:
+            text = f"{method.key} cannot hold a cache that KIVI keeps ({kept}); use export/qtool"
+            problems.append((key.start_mark, text))
+        if method.kind == "export" and not method.holds_attention and rounded is not None:
+            text = f"{method.key} cannot hold an attention that rounds ({rounded}); use export/qtool"
+            problems.append((key.start_mark, text))
+        if method.kind == "transform" and method.scope == "block" and (before := kept or rounded) is not None:
+            text = f"{method.key} must leave what blocks compute as it is, which rounding ({before}) hides; put it before"
+            problems.append((key.start_mark, text))
+        if method.scope == "attention":
+            if rounded is not None:
+                problems.append((key.start_mark, f"{method.key}: {rounded} rounds attentions already; state all in one step"))
+            rounded = rounded or place(key.start_mark)
+        if method.scope in ("cache", "packed_cache"):
+            if (before := cached or kept) is not None:
+                problems.append((key.start_mark, f"{method.key}: {before} quantizes the cache already; quantize it once"))
+            elif method.scope == "cache":
+                cached = place(key.start_mark)
+            else:
+                kept = place(key.start_mark)
         if method.kind == "search":
             is_searched = True
             if quantized is not None:
@@ -260,7 +281,9 @@ def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Prob
         value = getattr(options, name)
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
             if isinstance(part, Scheme) and part.kv is not None:
-                text = f"{key}: {name}: {part}: the cache is a step of its own, quantize/kv_cache; leave kv{part.kv.bits} away"
+                bits = part.kv.bits
+                step = "quantize/kv_cache" if bits == 8 else f"quantize/kivi: {{key_bits: {bits}, value_bits: {bits}}}"
+                text = f"{key}: {name}: {part}: the cache is a step of its own, {step}; leave kv{bits} away"
                 yield nearest_mark(node, (name,), node.start_mark), text
 
 

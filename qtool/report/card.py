@@ -48,6 +48,7 @@ def card_of(recipe: Recipe, original: Path, results: dict[str, Any], export: dic
         f"{model['parameters'] / 1e6:,.1f} M parameters, {model['bits_per_weight']:.2f} bits per quantized weight; "
         f"{model['bytes_original'] / 2**20:,.1f} MiB of weights before, {export['bytes'] / 2**20:,.1f} MiB in this folder. "
         + ("" if model.get("cache") is None else f"Keys and values are cached as {model['cache']}. ")
+        + ("" if model.get("attention") is None else f"Attention rounds: {model['attention']}. ")
         + f"This export {kept}.\n",
         *measured(results["metrics"], export["format"]),
         "## Recipe\n",

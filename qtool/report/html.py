@@ -123,6 +123,8 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
     yield "Bits per weight", f"{model['bits_per_weight']:.3f}", ["of the quantized weights, with their scales"]
     if model.get("cache") is not None:
         yield "Cache", model["cache"], ["keys and values, as every figure of the compressed model has them"]
+    if model.get("attention") is not None:
+        yield "Attention", model["attention"], ["rounded in every figure of the compressed model"]
     if gates:
         n_failed = sum(not gate["passed"] for gate in gates)
         yield "Gates", f"{len(gates) - n_failed} of {len(gates)} passed", [f"{n_failed} FAILED"] if n_failed else []

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from qtool.errors import QtoolError
 from qtool.formats.compressed_layouts import activation_arguments, decode, has_plain_scales, layout_of, pack, weight_arguments
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
@@ -154,6 +155,7 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
 def cache_config(model: ModelHandle) -> dict[str, Any]:
     """kv_cache_scheme of a model whose cache is quantized; its scales are tensors of the attentions, k_scale and v_scale."""
     scheme = model.cache()
+    assert not isinstance(scheme, KiviScheme), "an export that cannot hold what KIVI keeps is refused before"
     if scheme is None:
         return {}
     kind = "float" if scheme.format == "e4m3" else "int"

@@ -6,8 +6,8 @@
 The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
 column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
 mixture stand one by one, gate and up together; a Conv1D's codes are [out, in] as any linear's. Dense tensors are as everywhere.
-config.json's quantization_config has quant_method, version and what a quantized cache is kept as, whose scales are tensors of
-the attentions, k_scale and v_scale; a version newer than the one that reads it is refused.
+config.json's quantization_config has quant_method, version, how a quantized cache is kept (static scales are the attentions'
+tensors k_scale and v_scale; KIVI has none) and what attentions round; a version newer than the one that reads it is refused.
 Why facts are a tensor beside the codes, as in bitsandbytes' files: what is known only when a linear is encoded cannot stand in
 config.json, which is settled before, and the files' metadata would have to be carried from file to file. So any shard can be
 read alone, streamed ones too, and the index says where facts lie.
@@ -15,8 +15,6 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 For: qtool.load, which makes a transformers model of it, and what no other format holds. No other runtime reads it.
 Costs: writing the file.
 """
-
-from typing import Any
 
 from torch import Tensor
 
@@ -37,8 +35,9 @@ class QtoolOptions(ExportOptions):
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> Storage:
     """What the checkpoint is made of."""
     cache = model.cache()
-    held: dict[str, Any] = {"version": 1} if cache is None else {"version": VERSION, "cache": cache.model_dump()}
-    return Storage(encoder(schemes), {"quant_method": "qtool", **held})
+    rounding = model.rounding()
+    held = {name: one.model_dump() for name, one in (("cache", cache), ("attention", rounding)) if one is not None}
+    return Storage(encoder(schemes), {"quant_method": "qtool", "version": VERSION if held else 1, **held})
 
 
 def encoder(schemes: dict[str, Scheme]) -> Encode:
@@ -51,8 +50,8 @@ def encoder(schemes: dict[str, Scheme]) -> Encode:
 
 
 def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> None:
-    """Raise QtoolError where nothing is quantized."""
-    if not schemes:
+    """Raise QtoolError where nothing is quantized, neither linears nor attention."""
+    if not schemes and model.cache() is None and model.rounding() is None:
         raise QtoolError("export/qtool: no linear is quantized; put a quantize step before it, or use export/safetensors")
 
 
@@ -64,4 +63,6 @@ METHOD = Method(
     storage=storage,
     holds_additions=True,
     holds_cache=True,
+    holds_kivi=True,
+    holds_attention=True,
 )

@@ -6,7 +6,9 @@ A reader has two functions; both raise QtoolError for what qtool cannot decode:
 and, where the layout has low-rank factors beside the codes, a third:
     read_low_rank(checkpoint, name, config) -> LowRank | None     of a quantized linear; None where it has none
 and where it can have a quantized key/value cache, a fourth:
-    read_cache(checkpoint, name, config) -> CacheScales | None    of the attention `name`; None where its cache is as it was
+    read_cache(checkpoint, name, config) -> CacheScales | KiviScheme | None    of the attention `name`; None: as it was
+and where attentions can round between their linears, a fifth:
+    read_rounding(config) -> AttentionRounding | None             what they round, all alike
 config is the quantization_config of config.json.
 """
 
@@ -18,6 +20,8 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scales import SCALE_DTYPES
@@ -41,7 +45,16 @@ class ReadLowRank(Protocol):
 
 
 class ReadCache(Protocol):
-    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None: ...
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | KiviScheme | None: ...
+
+
+class ReadRounding(Protocol):
+    def __call__(self, config: dict[str, Any]) -> AttentionRounding | None: ...
+
+
+def no_rounding(config: dict[str, Any]) -> AttentionRounding | None:
+    """What layouts of weights alone say of attentions."""
+    return None
 
 
 def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
@@ -62,6 +75,7 @@ class Reader:
     read_linear: ReadLinear
     read_low_rank: ReadLowRank = no_low_rank
     read_cache: ReadCache = no_cache
+    read_rounding: ReadRounding = no_rounding
 
 
 def reader_of(config: dict[str, Any]) -> Reader:

@@ -11,13 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.attention import AttentionRounding
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import KvScheme, Scheme
+from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank
 from qtool.model.readers import scales_of_cache
+from qtool.model.store import cache_scheme
 
 
 def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Scheme | None:
@@ -38,17 +41,28 @@ def read_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> 
     return None if stored is None else unpack_low_rank(stored, _tensors_of(checkpoint))
 
 
-def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
-    """The scales of the attention `name`; None where the cache is as it was."""
+def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | KiviScheme | None:
+    """How the attention `name` keeps its cache; None where the cache is as it was."""
     check_config(config)
     if "cache" not in config:
         return None
     try:
-        scheme = KvScheme.model_validate(config["cache"])
-    except ValueError as error:
+        scheme = cache_scheme(config["cache"])
+    except (ValueError, TypeError) as error:
         what = " ".join(str(error).split())[:200]
         raise QtoolError(f"model: config.json's quantization_config: cache cannot be read ({what}); export it again") from error
-    return scales_of_cache(checkpoint, name, scheme)
+    return scheme if isinstance(scheme, KiviScheme) else scales_of_cache(checkpoint, name, scheme)
+
+
+def read_rounding(config: dict[str, Any]) -> AttentionRounding | None:
+    """What attentions round between their linears; None where nothing."""
+    check_config(config)
+    try:
+        return AttentionRounding.model_validate(config["attention"]) if "attention" in config else None
+    except ValueError as error:
+        what = " ".join(str(error).split())[:200]
+        where = "model: config.json's quantization_config: attention"
+        raise QtoolError(f"{where} cannot be read ({what}); export it again") from error
 
 
 def check_config(config: dict[str, Any]) -> None:
