@@ -88,7 +88,7 @@ def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None
 def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:
     """What `activation_arguments` were made of; None for what it does not make."""
     bits, symmetric = arguments.get("num_bits"), arguments.get("symmetric")
-    if arguments.get("type") == "int" and bits in range(4, 9):
+    if arguments.get("type") == "int" and bits in range(2, 9):
         found = ActivationScheme(bits=bits, symmetric=bool(symmetric))
     elif arguments.get("strategy") == "token":
         found = ActivationScheme(format="e4m3", bits=8)

@@ -3,7 +3,8 @@
     float32, float16, bfloat16    scale = nearest(amax / largest)
     float8_e4m3fn                 scale = s_t · nearest(amax / (largest s_t)),  1 / s_t = nearest(448 largest / amax of all)
     float8_e8m0fnu                scale = 2^(floor(log2 amax) - floor(log2 largest)),  a power of two
-    amax [..., 1] largest magnitude of a group    largest: that of the grid's levels    s_t: one float32 per tensor
+    amax [..., 1] largest magnitude of a group    largest: that of the grid's levels    s_t: one float32 per tensor, of inputs
+    that are rounded at run time one per token
 Source: OCP Microscaling Formats 1.0, section 6.3 (powers of two); NVFP4 as in NVIDIA's TensorRT Model Optimizer (s_t).
 Why s_t is the reciprocal of a float32: compressed-tensors stores that float32, and not every s_t is the reciprocal of one.
 """
@@ -30,8 +31,14 @@ def tensor_scale(w: Tensor, largest: float, dtype: str) -> float:
     return float(1 / torch.tensor(min(E4M3_LARGEST * largest / amax, FLOAT32_LARGEST))) if amax > 0 else 1.0
 
 
-def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Tensor:
-    """The scale [..., 1] that is stored for groups whose largest magnitude is amax [..., 1]; 1 where it would be zero."""
+def token_scale(x: Tensor, largest: float) -> Tensor:
+    """s_t [..., 1] of each token of x [..., in], as of a tensor of its own."""
+    amax = x.abs().amax(-1, keepdim=True)
+    return torch.where(amax > 0, 1 / (E4M3_LARGEST * largest / amax).clamp(max=FLOAT32_LARGEST), 1.0)
+
+
+def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float | Tensor) -> Tensor:
+    """The scale [..., 1] that is stored for groups whose largest magnitude is amax [..., 1]; s_t where it would be zero."""
     if dtype == "float8_e8m0fnu":
         exponent = torch.frexp(amax).exponent - torch.frexp(torch.tensor(largest)).exponent  # floors of both logarithms
         stored = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
@@ -39,7 +46,7 @@ def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Ten
         stored = (amax / (largest * of_tensor)).clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float() * of_tensor
     else:
         stored = (amax / largest).to(SCALE_DTYPES[dtype]).float()
-    return torch.where((amax > 0) & (stored > 0), stored, torch.full_like(stored, of_tensor))
+    return torch.where((amax > 0) & (stored > 0), stored, torch.ones_like(stored) * of_tensor)
 
 
 def store_scale(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:

@@ -9,15 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtool.formats.integer import Params
 from qtool.formats.low_rank import LowRank
+from qtool.formats.scales import fit_scale, token_scale
 from qtool.formats.scheme import ActivationScheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 
 
 def snap_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """x [..., in] rounded, each token or each group of its channels in its own range, in float32; returns x's dtype."""
-    grid, wide = scheme.grid, grouped_inputs(x.float(), scheme)
-    return grid.snap(wide, grid.fit(wide)).view(x.shape).to(x.dtype)
+    wide = grouped_inputs(x.float(), scheme)  # [..., groups, group]
+    return scheme.grid.snap(wide, fit_inputs(wide, scheme)).view(x.shape).to(x.dtype)
+
+
+def fit_inputs(wide: Tensor, scheme: ActivationScheme) -> Params:
+    """Params [..., groups, 1] of the full range of each group of wide [..., groups, group], float32."""
+    grid = scheme.grid
+    if scheme.scale_dtype != "float8_e4m3fn":
+        return grid.fit(wide)
+    of_token = token_scale(wide.flatten(-2), grid.largest).unsqueeze(-1)  # [..., 1, 1]
+    return Params(fit_scale(wide.abs().amax(-1, keepdim=True), grid.largest, scheme.scale_dtype, of_token), None)
 
 
 def grouped_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qtool.formats.integer import Params
 from qtool.formats.scheme import ActivationScheme, Grid, Scheme
 from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
-from qtool.layers.quant_linear import grouped_inputs
+from qtool.layers.quant_linear import fit_inputs, grouped_inputs
 
 
 class RoundedLinear(nn.Module):
@@ -91,7 +91,7 @@ def soft_snap_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
     grid, wide = scheme.grid, grouped_inputs(x.float(), scheme)  # [..., groups, group]
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)  # [..., groups, 1]
     with torch.no_grad():
-        stored = grid.fit_range(low, high)
+        stored = fit_inputs(wide, scheme)
     return soft_snap(wide, grid, soft_params(grid, low, high, stored)).view(x.shape).to(x.dtype)
 
 

@@ -229,7 +229,7 @@ def test_what_it_cannot_decode_is_refused(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"num_bits": 16}, {"num_bits": 3}]
+    "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"num_bits": 16}, {"num_bits": 1}]
 )
 def test_activations_that_it_would_round_otherwise_are_refused(
     wrong: dict[str, Any], packed: Path, change_config: ChangeFile
