@@ -8,7 +8,8 @@
     power4g128         4-bit weights on a power grid
     e8pg64             eight weights in a code of 16 bits, a point of a lattice (see lattice.py)
     mxfp4, nvfp4, ...  microscaling formats, whose groups and scales are part of the name
-    -ae4m3, -aint4g32  how inputs are rounded: see INPUT_SHORTHAND and ACTIVATION_PRESETS
+    -ae4m3, -aint4g32  how inputs are rounded: see INPUT_SHORTHAND and ACTIVATION_PRESETS; static at the end: by scales that
+                       quantize/inputs found
     -dq, -ic           at the end: scales quantized themselves; groups along `out`, one input channel (column) each
 The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: true}, activations: {bits: 8}}.
 """
@@ -75,6 +76,7 @@ ACTIVATION_PRESETS: dict[str, dict[str, object]] = {
     **{name: fields for name, fields in PRESETS.items() if name.startswith(("mx", "nv"))},
 }
 INPUT_SHORTHAND = re.compile(r"(?:int(?P<bits>\d)(?P<asym>asym)?|(?P<format>e4m3|e5m2))(?:g(?P<g>\d+))?")
+STATIC = "static"  # after either: the scales are static
 
 
 class WeightScheme(Options):
@@ -182,6 +184,10 @@ class ActivationScheme(Options):
         description="dtype of the scales; float8_e4m3fn goes with one float32 scale for all of a token; float8_e8m0fnu holds "
         "powers of two, as the microscaling formats have them",
     )
+    static: bool = Field(
+        False,
+        description="one scale for all tokens, found before on text, as quantize/inputs does; of nvfp4, one float32 scale",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -196,6 +202,8 @@ class ActivationScheme(Options):
             raise ValueError("zero points go with whole numbers and float32 scales alone; leave symmetric away")
         if self.scale_dtype == "float8_e4m3fn" and (self.format, self.group) != ("e2m1", 16):
             raise ValueError("float8_e4m3fn scales of inputs go with e2m1 in groups of 16 (nvfp4); use float32 ones")
+        if self.static and self.group is not None and self.scale_dtype != "float8_e4m3fn":
+            raise ValueError("static scales serve whole tokens, or nvfp4; leave group away")
         return self
 
     @property
@@ -205,7 +213,9 @@ class ActivationScheme(Options):
         return CodebookGrid(self.format, self.scale_dtype)
 
     def __str__(self) -> str:
-        """int8, int4asymg64, e4m3, mxfp4, ..."""
+        """int8, int4asymg64, e4m3, mxfp4, int8static, ..."""
+        if self.static:
+            return f"{self.model_copy(update={'static': False})}{STATIC}"
         for word, fields in ACTIVATION_PRESETS.items():
             if self == ActivationScheme.model_validate(fields):
                 return word
@@ -288,6 +298,16 @@ class SchemeSelection(Selection):
         return (*super().patterns(), *self.modules)
 
 
+class InputSelection(Selection):
+    """Options of a method that finds static scales for the rounded inputs of linears."""
+
+    def after(self, name: str, scheme: Scheme) -> Scheme:
+        """The scheme that the quantized linear `name` has afterwards."""
+        if scheme.activations is None or self.is_ignored(name):
+            return scheme
+        return scheme.model_copy(update={"activations": scheme.activations.model_copy(update={"static": True})})
+
+
 def parse_shorthand(text: str) -> dict[str, object]:
     """The long form of a shorthand; raises ValueError that shows the form."""
     head, *endings = text.split("-")
@@ -325,9 +345,12 @@ def parse_shorthand(text: str) -> dict[str, object]:
 
 def input_fields(ending: str) -> dict[str, object] | None:
     """The long form of how inputs are rounded, such as of aint4g32 and ae4m3; None of another ending."""
-    word = ending[1:]
+    word = ending[1:].removesuffix(STATIC)
     if ending[:1] != "a":
         return None
+    if f"a{word}" != ending:
+        plain = input_fields(f"a{word}")
+        return None if plain is None else {**plain, "static": True}
     if word in ACTIVATION_PRESETS:
         return ACTIVATION_PRESETS[word]
     if (match := INPUT_SHORTHAND.fullmatch(word)) is None:

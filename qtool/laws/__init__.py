@@ -15,6 +15,11 @@ from qtool.laws.allocation import (
     the_most_sensitive_unit_gets_the_most,
 )
 from qtool.laws.cache import scales_follow_the_range, what_was_seen_is_covered
+from qtool.laws.inputs import (
+    every_order_of_tokens_gives_the_same_scales,
+    no_input_in_the_range_is_further_than_half_a_step,
+    scales_follow_the_inputs,
+)
 from qtool.laws.linear import (
     codes_in_range,
     error_falls_with_rank,
@@ -71,6 +76,11 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         the_blocks_error_is_no_worse_than_roundings,
     ),
     ("quantize", "cache"): (what_was_seen_is_covered, scales_follow_the_range),
+    ("quantize", "inputs"): (
+        no_input_in_the_range_is_further_than_half_a_step,
+        scales_follow_the_inputs,
+        every_order_of_tokens_gives_the_same_scales,
+    ),
     ("prune", "linear"): (
         sparsity_is_exact,
         pattern_is_exact,

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtool.formats.inputs import fit_inputs, grouped_inputs
 from qtool.formats.integer import Params
 from qtool.formats.scheme import ActivationScheme, Grid, Scheme
 from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
-from qtool.layers.quant_linear import fit_inputs, grouped_inputs
 
 
 class RoundedLinear(nn.Module):

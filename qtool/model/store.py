@@ -2,8 +2,9 @@
 
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
-low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; the scales of a quantized
-cache as `attention::k_scale` and `::v_scale`.
+low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; static scales of its inputs as
+`linear.inputs::scale` and, where there are zero points, `::zero`; the scales of a quantized cache as `attention::k_scale` and
+`::v_scale`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.inputs import InputScales
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
@@ -26,9 +28,10 @@ from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | CacheScales | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | InputScales | CacheScales | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
+INPUTS = ".inputs"  # likewise
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -61,6 +64,8 @@ def save_changes(path: Path, changes: Changes) -> None:
         elif isinstance(value, CacheScales):
             tensors |= {f"{name}::k_scale": value.k_scale, f"{name}::v_scale": value.v_scale}
             caches[name] = value.scheme
+        elif isinstance(value, InputScales):
+            tensors |= {f"{name}::{part}": tensor.clone() for part, tensor in value.parts().items()}  # several linears' own
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
@@ -167,4 +172,8 @@ def load_changes(path: Path) -> Changes:
         changes[name] = CacheScales(KvScheme.model_validate(scheme), *scales)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
+    for name in (name.removesuffix("::scale") for name in tensors if name.endswith(f"{INPUTS}::scale")):
+        scheme = Scheme.model_validate(facts["weights"][f"{name.removesuffix(INPUTS)}.weight"]["scheme"]).activations
+        assert scheme is not None, f"{name}: a linear with static scales rounds its inputs"
+        changes[name] = InputScales(scheme, tensors[f"{name}::scale"], tensors.get(f"{name}::zero"))
     return changes

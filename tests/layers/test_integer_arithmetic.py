@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.formats.inputs import fit_inputs, grouped_inputs
 from qtool.formats.scheme import ActivationScheme, Scheme
 from qtool.formats.tensor import quantize
-from qtool.layers.quant_linear import QuantLinear, fit_inputs, grouped_inputs
+from qtool.layers.quant_linear import QuantLinear
 
 IN, OUT, TOKENS = 192, 20, 9
 WEIGHTS = ("w8", "w4", "w2", "w8g64-asym", "w4g32", "w4g64-asym", "w2g32-asym", "w4-asym")

@@ -7,6 +7,8 @@ and, where the layout has low-rank factors beside the codes, a third:
     read_low_rank(checkpoint, name, config) -> LowRank | None     of a quantized linear; None where it has none
 and where it can have a quantized key/value cache, a fourth:
     read_cache(checkpoint, name, config) -> CacheScales | None    of the attention `name`; None where its cache is as it was
+and where inputs can be rounded by static scales, a fifth:
+    read_inputs(checkpoint, name, config) -> InputScales | None   of a quantized linear; None where its scheme has none
 config is the quantization_config of config.json.
 """
 
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.inputs import InputScales
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scales import SCALE_DTYPES
@@ -44,6 +47,15 @@ class ReadCache(Protocol):
     def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None: ...
 
 
+class ReadInputs(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None: ...
+
+
+def no_inputs(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None:
+    """What layouts without static scales have of them."""
+    return None
+
+
 def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
     """What layouts of weights alone have of a quantized cache."""
     return None
@@ -62,6 +74,7 @@ class Reader:
     read_linear: ReadLinear
     read_low_rank: ReadLowRank = no_low_rank
     read_cache: ReadCache = no_cache
+    read_inputs: ReadInputs = no_inputs
 
 
 def reader_of(config: dict[str, Any]) -> Reader:
