@@ -2,7 +2,8 @@
 
     s = fit(range),  range = [min x, max x], or narrower      x^ = s (nearest(x / s + z) - z)      s, z [1]
     percentile   the narrowest range that holds `percentile` % of all values; with zero points half of the rest on each side
-    mse          [max(min x, -t), min(max x, t)],  t = max |x| 2^(-k/8),  k = 0 .. 96 of the least sum over tokens |x - x^|² / |x|²
+    mse          [max(min x, -t), min(max x, t)],  t = max |x| 2^(-k/8),  k of 0 .. 96 with the least sum over tokens of
+                 |x - x^|² / |x|²
     nvfp4        s is the float32 scale over those of 16, 1 / s = 448 · 6 / max |x|; those of 16 are found at run time still
 x [tokens, in]: of all tokens and of all linears that share the input and round it alike, which so share s, in the model as
 the blocks before it have become. A token is rounded without a look at its range, so that kernels can do it while they write x.

@@ -75,9 +75,12 @@ def test_scales_are_those_of_plain_hooks_in_a_model_whose_earlier_blocks_have_ch
     for index in range(2):
         caught: dict[str, torch.Tensor] = {}
         block = before.block(index)
-        for name in ("q_proj", "down_proj"):
-            full = next(found for found in block.linears() if found.endswith(name))
-            block.get(full).register_forward_pre_hook(lambda module, args, full=full: caught.update({full: args[0]}))
+        for full in (found for found in block.linears() if found.endswith(("q_proj", "down_proj"))):
+
+            def catch(module: Any, args: Any, full: str = full, caught: dict[str, torch.Tensor] = caught) -> None:
+                caught[full] = args[0]
+
+            block.get(full).register_forward_pre_hook(catch)
         block.forward(hidden)
         changes = load_changes(static / f"block_{index:03d}.safetensors")
         for name, x in caught.items():
