@@ -1,7 +1,6 @@
 """InputValues: how often each value occurs among the inputs of linears, from which one static range is found for all.
 
-    counts [65536]: of values, each by the sixteen bits of its nearest bfloat16    shares [65536]: sums of 1 / mean x² of a
-    value's token, so that every token weighs the same    minimum, maximum: exact
+    counts [65536]: of values, each by the sixteen bits of its nearest bfloat16    minimum, maximum: exact
 With `group`, what is counted is the largest magnitude of each group of so many channels, which has a scale of its own.
 Why bfloat16: a table of all of them is half a megabyte whatever the range, no value must be seen before it is known, and
 2^-9 of a value is less than any range is found to.
@@ -18,11 +17,10 @@ N_CODES = 1 << 16
 
 @dataclass(frozen=True)
 class Histogram:
-    """values [n], rising, float32; counts and shares [n], float64, of each; minimum and maximum as they were."""
+    """values [n], rising, float32; counts [n], int64, of each; minimum and maximum as they were."""
 
     values: Tensor
     counts: Tensor
-    shares: Tensor
     minimum: float
     maximum: float
 
@@ -33,8 +31,7 @@ class InputValues:
     def __init__(self, group: int | None = None) -> None:
         self.n_tokens = 0
         self._group = group
-        self._counts = torch.zeros(N_CODES, dtype=torch.float64)
-        self._shares = torch.zeros(N_CODES, dtype=torch.float64)
+        self._counts = torch.zeros(N_CODES, dtype=torch.int64)
         self._minimum, self._maximum = 0.0, 0.0
         self.is_finite = True  # until NaN or infinity is seen
 
@@ -46,8 +43,6 @@ class InputValues:
 
     def _take(self, x: Tensor) -> None:
         """x [tokens, in], float32."""
-        power = x.square().mean(1, keepdim=True)  # [tokens, 1]
-        share = torch.where(power > 0, 1 / power, 0.0)  # a token of zeros says nothing
         if self._group is not None:
             x = x.unflatten(1, (-1, self._group)).abs().amax(-1)  # [tokens, groups]
         self.n_tokens += len(x)
@@ -55,9 +50,7 @@ class InputValues:
         self.is_finite &= -torch.inf < least and most < torch.inf  # no comparison with NaN holds
         self._minimum, self._maximum = min(self._minimum, least), max(self._maximum, most)
         codes = x.to(torch.bfloat16).contiguous().view(torch.int16).int().flatten().cpu() + N_CODES // 2
-        weights = share.expand_as(x).flatten().double().cpu()
         self._counts += torch.bincount(codes, minlength=N_CODES)
-        self._shares += torch.bincount(codes, weights, minlength=N_CODES)
 
     def histogram(self) -> Histogram:
         """What was seen, value by value; 0 lies between minimum and maximum."""
@@ -66,4 +59,4 @@ class InputValues:
         values = (codes - N_CODES // 2).to(torch.int16).view(torch.bfloat16).float()  # [n]
         order = values.argsort()
         codes, values = codes[order], values[order]
-        return Histogram(values, self._counts[codes], self._shares[codes], self._minimum, self._maximum)
+        return Histogram(values, self._counts[codes], self._minimum, self._maximum)

@@ -1,6 +1,5 @@
-"""InputValues: exact counts of bfloat16 values, exact ends, every token of equal weight."""
+"""InputValues: exact counts of bfloat16 values, exact ends."""
 
-import pytest
 import torch
 
 from qtool.calibration.input_values import InputValues
@@ -17,8 +16,6 @@ def test_values_are_counted_one_by_one() -> None:
     x = torch.tensor([[1.0, -2.0, 1.0, 0.5], [0.0, 1.0, -300.0, 0.5]])
     found = seen_of(x[:1], x[1:].view(1, 1, 4)).histogram()
     assert found.values.tolist() == [-300, -2, 0, 0.5, 1] and found.counts.tolist() == [1, 1, 1, 2, 3]
-    first, second = 4 / 6.25, 4 / 90001.25  # 1 / mean square of each token
-    assert torch.allclose(found.shares, torch.tensor([second, first, second, first + second, 2 * first + second]).double())
     assert (found.minimum, found.maximum) == (-300, 1)
 
 
@@ -29,10 +26,9 @@ def test_the_ends_are_told_exactly_and_what_lies_between_to_bfloat16() -> None:
     assert torch.equal(found.values, x[0].to(torch.bfloat16).float().sort().values)
 
 
-def test_zero_is_inside_the_range_and_zeros_say_nothing_of_tokens() -> None:
-    found = seen_of(torch.tensor([[2.0, 4.0], [0.0, 0.0]])).histogram()
+def test_zero_is_inside_the_range() -> None:
+    found = seen_of(torch.tensor([[2.0, 4.0]])).histogram()
     assert (found.minimum, found.maximum) == (0, 4)
-    assert found.shares.tolist() == pytest.approx([0, 0.1, 0.1])
 
 
 def test_groups_are_counted_by_their_largest_magnitudes() -> None:
@@ -57,4 +53,4 @@ def test_pieces_of_one_batch_are_the_batch() -> None:
     x = torch.randn(3000, 512, generator=torch.Generator().manual_seed(0))  # two chunks
     whole, pieces = seen_of(x).histogram(), seen_of(*x.split(700)).histogram()
     assert torch.equal(whole.values, pieces.values) and torch.equal(whole.counts, pieces.counts)
-    assert torch.allclose(whole.shares, pieces.shares) and float(whole.counts.sum()) == x.numel()
+    assert int(whole.counts.sum()) == x.numel()

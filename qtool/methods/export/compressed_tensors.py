@@ -17,6 +17,8 @@ dtype of the scales, here the model's:
   its global scale, FP8 by group not at all. Other experts are refused before any file is written. MXFP4's multiply in
   bfloat16, whatever the model is in.
 
+Static scales of inputs are stored beside the weights, those of NVFP4 inputs, which serve all linears that read them, likewise
+as reciprocals. NVFP4 inputs that find their float32 scale at run time have no place here.
 NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. The library divides by that where qtool multiplies:
 a weight on the border of two bfloat16 numbers may then become the other one, and the export is not called lossless.
 vLLM joins linears that share an input (q, k, v; gate, up) and takes the largest weight_global_scale for all of them. Methods
@@ -33,7 +35,15 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
-from qtool.formats.compressed_layouts import activation_arguments, decode, has_plain_scales, layout_of, pack, weight_arguments
+from qtool.formats.compressed_layouts import (
+    activation_arguments,
+    decode,
+    has_plain_scales,
+    layout_of,
+    pack,
+    pack_inputs,
+    weight_arguments,
+)
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
@@ -73,6 +83,8 @@ def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -
                 tensors = pack(rows, schemes[name])
             except QtoolError as error:
                 raise QtoolError(f"{WHERE}: {part}: {error}") from error
+            if layer.inputs is not None:
+                tensors |= pack_inputs(layer.inputs)
             if has_plain_scales(layer.scheme) and (must_decode or EXPERT.fullmatch(name)):
                 tensors["weight_scale"] = rows.scale.to(model.dtype)  # [out, groups]
             found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
@@ -111,7 +123,7 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
         if scheme.activations is not None and activation_arguments(scheme.activations) is None:
             raise QtoolError(
                 f"{WHERE}: {name}: {scheme}: this export can say of inputs that they are whole numbers or e4m3, scaled per "
-                "token, mxfp4 or mxfp8_e4m3; quantize so, or use export/qtool"
+                "token or static, mxfp4, mxfp8_e4m3, or nvfp4 after quantize/inputs; quantize so, or use export/qtool"
             )
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: write quantize/kv_cache as a step, and leave kv{scheme.kv.bits} out")

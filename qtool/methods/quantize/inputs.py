@@ -2,16 +2,14 @@
 
     s = fit(range),  range = [min x, max x], or narrower      x^ = s (nearest(x / s + z) - z)      s, z [1]
     percentile   the narrowest range that holds `percentile` % of all values; with zero points half of the rest on each side
-    mse          [max(min x, -t), min(max x, t)],  t = max |x| 2^(-k/8),  k of 0 .. 96 with the least sum over tokens of
-                 |x - x^|² / |x|²
+    mse          [max(min x, -t), min(max x, t)],  t = max |x| 2^(-k/8),  k of 0 .. 96 with the least |x - x^|² of all
     nvfp4        s is the float32 scale over those of 16, 1 / s = 448 · 6 / max |x|; those of 16 are found at run time still
 x [tokens, in]: of all tokens and of all linears that share the input and round it alike, which so share s, in the model as
 the blocks before it have become. A token is rounded without a look at its range, so that kernels can do it while they write x.
 Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1; range mse: Nagel et al. 2021, arXiv:2106.08295, section 3.1.
-Differs: mse weighs every token alike, whatever its length, where the mean squared error is that of few massive tokens alone;
-percentiles and errors are those of values told to bfloat16, see calibration/input_values.py.
+Differs: percentiles and errors are those of values told to bfloat16, see calibration/input_values.py.
 For: runtimes and accelerators that take static scales alone, and NVFP4 inputs, whose float32 scale runtimes want stored. At the
-end of quantizing. minmax for floats; percentile or mse for whole numbers, of which a massive token takes nearly all levels.
+end of quantizing. minmax for floats; mse for whole numbers, of which a massive token takes nearly all levels.
 Costs: two passes through the model, without gradients. Quality: scales for each token lose less wherever they can be had.
 """
 
@@ -39,7 +37,7 @@ class InputsOptions(InputSelection):
     """What the range is to hold."""
 
     range: Literal["minmax", "percentile", "mse"] = Field(
-        "minmax", description="minmax: all values; percentile: most; mse: what costs the tokens least error"
+        "minmax", description="minmax: all values; percentile: most; mse: those of least squared error"
     )
     percentile: float = Field(99.99, gt=50, le=100, description="share of the values that range percentile holds, in percent")
 
@@ -79,15 +77,15 @@ def chosen_range(found: Histogram, scheme: ActivationScheme, options: InputsOpti
 def reached(values: Tensor, counts: Tensor, share: float) -> float:
     """The least of the values that this share of all, by their counts, does not exceed."""
     values, order = values.sort()
-    sums = counts[order].cumsum(0)
+    sums = counts[order].cumsum(0).double()
     return float(values[torch.searchsorted(sums, sums[-1:] * share * (1 - 1e-12)).clamp(max=len(values) - 1)])
 
 
 def cost(found: Histogram, scales: InputScales) -> float:
-    """Sum over tokens of the squared error in units of the token's own mean square."""
+    """Sum of the squared errors of all values."""
     zero = None if scales.zero is None else scales.zero.float()
     error = scales.scheme.grid.snap(found.values, Params(scales.scale.float(), zero)) - found.values  # [values]
-    return float((found.shares * error.double().square()).sum())
+    return float((found.counts * error.double().square()).sum())
 
 
 def scales_of(scheme: ActivationScheme, low: float, high: float, dtype: torch.dtype) -> InputScales:
