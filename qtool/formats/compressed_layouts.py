@@ -79,6 +79,8 @@ def weight_arguments(weights: WeightScheme) -> dict[str, Any]:
 
 def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None:
     """What a config group says of a linear's input; None where it has no word for it."""
+    if activations.threshold is not None:
+        return None
     if activations.scale_dtype == "float8_e4m3fn":
         block = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": STORED_SCALES["float8_e4m3fn"]}
         stated = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": "local"}

@@ -75,7 +75,9 @@ ACTIVATION_PRESETS: dict[str, dict[str, object]] = {
     "e5m2": {"format": "e5m2"},
     **{name: fields for name, fields in PRESETS.items() if name.startswith(("mx", "nv"))},
 }
-INPUT_SHORTHAND = re.compile(r"(?:int(?P<bits>\d)(?P<asym>asym)?|(?P<format>e4m3|e5m2))(?:g(?P<g>\d+))?")
+INPUT_SHORTHAND = re.compile(
+    r"(?:int(?P<bits>\d)(?P<asym>asym)?|(?P<format>e4m3|e5m2))(?:g(?P<g>\d+))?(?:t(?P<t>\d+(?:\.\d+)?))?"
+)
 STATIC = "static"  # after either: the scales are static
 
 
@@ -189,6 +191,12 @@ class ActivationScheme(Options):
         description="one scale for all tokens, found before on text, as quantize/inputs does; of nvfp4, one float32 scale",
     )
 
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        description="channels that reach this magnitude in any token of a call stay as they are (LLM.int8); null: none do",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _fill_bits(cls, value: object) -> object:
@@ -204,6 +212,9 @@ class ActivationScheme(Options):
             raise ValueError("float8_e4m3fn scales of inputs go with e2m1 in groups of 16 (nvfp4); use float32 ones")
         if self.static and self.group is not None and self.scale_dtype != "float8_e4m3fn":
             raise ValueError("static scales serve whole tokens, or nvfp4; leave group away")
+        is_whole = self.format == "int" and self.symmetric and self.group is None and not self.static
+        if self.threshold is not None and not (is_whole and self.scale_dtype == "float32"):
+            raise ValueError("threshold goes with whole numbers that are symmetric and scaled per token, such as int8t6")
         return self
 
     @property
@@ -221,7 +232,8 @@ class ActivationScheme(Options):
                 return word
         group = "" if self.group is None else f"g{self.group}"
         kind = f"int{self.bits}{'' if self.symmetric else 'asym'}" if self.format == "int" else self.format
-        return f"{kind}{group}{'' if self.scale_dtype == 'float32' else '-e8m0'}"
+        outliers = "" if self.threshold is None else f"t{self.threshold:.6f}".rstrip("0").rstrip(".")
+        return f"{kind}{group}{outliers}{'' if self.scale_dtype == 'float32' else '-e8m0'}"
 
 
 class KvScheme(Options):
@@ -329,7 +341,7 @@ def parse_shorthand(text: str) -> dict[str, object]:
             f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]][-dq][-ic], such as w4a16g128, a '
             f"table with its group, such as nf4g64 ({', '.join((*LEVELS, *LATTICES))}), power<bits>[g<group>], or one of "
             f"{', '.join(PRESETS)}; then -a and how inputs are rounded: {', '.join(ACTIVATION_PRESETS)}, or with zero points "
-            "and groups, such as int8asym, int4g32 and int4asymg64"
+            "and groups, such as int8asym, int4g32 and int4asymg64, or with outliers kept (int8t6)"
         )
     for ending in endings:
         weights |= ENDINGS[ending]
@@ -355,10 +367,11 @@ def input_fields(ending: str) -> dict[str, object] | None:
         return ACTIVATION_PRESETS[word]
     if (match := INPUT_SHORTHAND.fullmatch(word)) is None:
         return None
-    group: dict[str, object] = {} if match["g"] is None else {"group": int(match["g"])}
+    rest: dict[str, object] = {} if match["g"] is None else {"group": int(match["g"])}
+    rest |= {} if match["t"] is None else {"threshold": float(match["t"])}
     if match["format"] is not None:
-        return {"format": match["format"], **group}
-    return {"bits": int(match["bits"]), "symmetric": match["asym"] is None, **group}
+        return {"format": match["format"], **rest}
+    return {"bits": int(match["bits"]), "symmetric": match["asym"] is None, **rest}
 
 
 def with_own_bits(value: object) -> object:

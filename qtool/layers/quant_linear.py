@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.formats.inputs import InputScales, fit_inputs, grouped_inputs
+from qtool.formats.inputs import InputScales, fit_inputs, grouped_inputs, outlying
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import ActivationScheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
@@ -21,8 +21,10 @@ def snap_inputs(x: Tensor, scheme: ActivationScheme, static: InputScales | None 
 
     Returns x's dtype.
     """
-    wide = grouped_inputs(x.float(), scheme)  # [..., groups, group]
-    return scheme.grid.snap(wide, fit_inputs(wide, scheme, static)).view(x.shape).to(x.dtype)
+    kept = outlying(x, scheme)  # [in]
+    wide = grouped_inputs(x.float() if kept is None else x.float().masked_fill(kept, 0), scheme)  # [..., groups, group]
+    snapped = scheme.grid.snap(wide, fit_inputs(wide, scheme, static)).view(x.shape).to(x.dtype)
+    return snapped if kept is None else torch.where(kept, x, snapped)
 
 
 class QuantLinear(nn.Module):

@@ -50,6 +50,9 @@ SAME = {
     },
     "w4-aint4asymg64": {"weights": {"bits": 4}, "activations": {"bits": 4, "group": 64, "symmetric": False}},
     "e4m3g64-ae4m3g64": {"weights": {"format": "e4m3", "group": 64}, "activations": {"format": "e4m3", "group": 64}},
+    "w8-aint8t6": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 6.0}},
+    "w8-aint8t0.25": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 0.25}},
+    "w8-aint8t0": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 0.0}},
     "mxint8": {"weights": {"bits": 8, "group": 32, "scale_dtype": "float8_e8m0fnu"}},
 }
 
@@ -110,6 +113,13 @@ def test_parts_that_contradict_each_other_are_refused(weights: dict[str, object]
         ({"format": "e2m1", "group": 32, "scale_dtype": "float8_e4m3fn"}, r"go with e2m1 in groups of 16 \(nvfp4\)"),
         ({"bits": 8, "scale_dtype": "float8_e4m3fn"}, r"go with e2m1 in groups of 16 \(nvfp4\)"),
         ({"format": "e4m3", "bits": 4}, "e4m3 has 8 bits, not 4"),
+        (
+            {"bits": 8, "group": 32, "threshold": 6.0},
+            "threshold goes with whole numbers that are symmetric and scaled per token",
+        ),
+        ({"bits": 8, "static": True, "threshold": 6.0}, "threshold goes with whole numbers"),
+        ({"format": "e4m3", "threshold": 6.0}, "threshold goes with whole numbers"),
+        ({"bits": 8, "symmetric": False, "threshold": 6.0}, "threshold goes with whole numbers"),
     ],
 )
 def test_inputs_whose_parts_contradict_each_other_are_refused(activations: dict[str, object], fault: str) -> None:

@@ -108,6 +108,8 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Input
         where = f"{WHERE}: {name}: {scheme}"
         if rounding.static:
             raise QtoolError(f"{where}: its inputs have static scales already; leave this step away, or add it to ignore")
+        if rounding.threshold is not None:
+            raise QtoolError(f"{where}: outliers of its inputs are found at run time; quantize to w8a8, or add it to ignore")
         is_nvfp4 = rounding.scale_dtype == "float8_e4m3fn"
         if rounding.group is not None and not is_nvfp4:
             raise QtoolError(
