@@ -123,8 +123,15 @@ def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:
 # ---- from codes to tensors ----
 
 
-def pack(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one linear in the layout of its scheme. Raises QtoolError for a float's scale that is not a number."""
+def pack(quantized: QuantizedTensor, scheme: Scheme, inputs: InputScales | None = None) -> dict[str, Tensor]:
+    """The tensors of one linear in the layout of its scheme, static scales of its inputs among them.
+
+    Raises QtoolError for a float's scale that is not a number.
+    """
+    return _pack_weights(quantized, scheme) | ({} if inputs is None else pack_inputs(inputs))
+
+
+def _pack_weights(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
     layout = layout_of(scheme)
     assert layout is not None, f"no layout holds {scheme}"
     assert quantized.is_plain, "what stands beside codes, scales and zero points does not go into these layouts"

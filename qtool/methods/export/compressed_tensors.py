@@ -35,15 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
-from qtool.formats.compressed_layouts import (
-    activation_arguments,
-    decode,
-    has_plain_scales,
-    layout_of,
-    pack,
-    pack_inputs,
-    weight_arguments,
-)
+from qtool.formats.compressed_layouts import activation_arguments, decode, has_plain_scales, layout_of, pack, weight_arguments
 from qtool.formats.scheme import Scheme
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.architectures import is_router
@@ -80,11 +72,9 @@ def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -
         for index, part in enumerate(stored):
             rows = layer.qt.rows(index * n_out, (index + 1) * n_out)
             try:
-                tensors = pack(rows, schemes[name])
+                tensors = pack(rows, schemes[name], layer.inputs)
             except QtoolError as error:
                 raise QtoolError(f"{WHERE}: {part}: {error}") from error
-            if layer.inputs is not None:
-                tensors |= pack_inputs(layer.inputs)
             if has_plain_scales(layer.scheme) and (must_decode or EXPERT.fullmatch(name)):
                 tensors["weight_scale"] = rows.scale.to(model.dtype)  # [out, groups]
             found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
