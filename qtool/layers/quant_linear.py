@@ -19,12 +19,13 @@ from qtool.formats.tensor import QuantizedTensor
 def snap_inputs(x: Tensor, scheme: ActivationScheme, static: InputScales | None = None) -> Tensor:
     """x [..., in] rounded, in float32, by static scales or each token, or group of its channels, in its own range.
 
-    Returns x's dtype.
+    Returns x's dtype; gradients pass as if nothing were rounded.
     """
     kept = outlying(x, scheme)  # [in]
     wide = grouped_inputs(x.float() if kept is None else x.float().masked_fill(kept, 0), scheme)  # [..., groups, group]
     snapped = scheme.grid.snap(wide, fit_inputs(wide, scheme, static)).view(x.shape).to(x.dtype)
-    return snapped if kept is None else torch.where(kept, x, snapped)
+    snapped = snapped if kept is None else torch.where(kept, x, snapped)
+    return snapped.detach() + (x - x.detach()) if x.requires_grad else snapped  # adds zeros, which carry the gradient
 
 
 class QuantLinear(nn.Module):

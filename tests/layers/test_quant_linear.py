@@ -150,6 +150,18 @@ def test_products_of_whole_numbers_are_exact() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("word", ["int8", "int4asym", "e4m3", "nvfp4", "int8t1"])
+def test_gradients_pass_the_rounding_of_inputs_as_if_there_were_none(word: str) -> None:
+    """Training a model with rounded inputs: the values are the rounded ones, to the bit."""
+    scheme = ActivationScheme.model_validate(input_fields(f"a{word}"))
+    x, plain = inputs().requires_grad_(True), inputs().requires_grad_(True)
+    rounded, exact = layer("w8a16", scheme), layer("w8a16")
+    assert torch.equal(rounded(x), rounded(inputs()))
+    rounded(x).sum().backward()
+    exact(plain).sum().backward()
+    assert x.grad is not None and plain.grad is not None and torch.equal(x.grad, plain.grad)
+
+
 def test_a_layer_with_an_activation_scheme_rounds_its_input_first() -> None:
     scheme = ActivationScheme(bits=8)
     rounded, plain = layer("w8a8", scheme), layer("w8a8")
