@@ -27,14 +27,14 @@ GUIDES = {
     "calibrate": "First: text for every step that looks at inputs.",
     "transform": "Before rounding. The model computes the same, but after deep_shape. GPTQ needs none; activations do.",
     "search": "Before quantizing: which linear gets which scheme.",
-    "quantize": "rtn at eight bits; gptq at two to four, yaqa for the least KL; hqq, fine_quant without text; kv_cache beside.",
+    "quantize": "rtn at 8 bits; gptq at 2 to 4, yaqa for the least KL; hqq, fine_quant without text; kv_cache, inputs after.",
     "prune": "Zeros: sparsegpt for quality, wanda for speed; 2:4 where the hardware has it. Then distill.",
     "factorize": "After quantizing, where the runtime can run low-rank factors.",
     "distill": "Last before measuring: training by the original's predictions.",
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
     "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
-Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "model", "training"]
+Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "training"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Method:
     holds_kivi: bool = False  # an export that also says how KIVI keeps a cache
     holds_attention: bool = False  # an export that also says what attentions round
     check: Callable[..., None] | None = None  # (model, options): raises before any work where the model does not fit
-    holds: Callable[..., None] | None = None  # an export: (model, {linear: scheme}, options) raises where it cannot write them
+    holds: Callable[..., None] | None = None  # an export: (model, {linear: scheme}, options) raises where it cannot write them;
+    # a quantizer of inputs: where it has no scales for them
     storage: Callable[..., Any] | None = None  # an export of single linears: from what holds takes to a writer.Storage
     size: Callable[..., int] | None = None  # another export: from what holds takes to the bytes of the folder it will write
     schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try

@@ -14,6 +14,8 @@ float-quantized, E4M3 with plain scales:
     weight [out, in] float8_e4m3fn      weight_scale [out, groups]; [1] where one serves the whole tensor
 mxfp8-quantized, E4M3 in groups of 32:
     weight [out, in] float8_e4m3fn      weight_scale [out, groups] uint8, as above
+Inputs of any of them with static scales: input_scale [1], input_zero_point [1] int8 where asymmetric; of NVFP4 inputs
+input_global_scale [1] float32, of which their float32 scale is the reciprocal.
 Codes of whole numbers are signed: asymmetric ones, and zero points, are shifted by -2^(bits - 1). Packing shifts all of them
 back. Of two E2M1 codes in a byte the first has the lower bits. w^ = level · weight_scale / weight_global_scale.
 Source: compressed-tensors 0.20, compressors/pack_quantized, naive_quantized, nvfp4, mxfp4 and mxfp8.
@@ -25,10 +27,12 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.inputs import InputScales
 from qtool.formats.packing import n_words, pack_int32, unpack_int32
-from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme
+from qtool.formats.scheme import PRESETS, ActivationScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, to_groups
 
+INPUT_PARTS = ("input_scale", "input_zero_point", "input_global_scale")
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale")
 FLOATS = {
     ("e2m1", 16, "float8_e4m3fn"): "nvfp4-pack-quantized",
@@ -75,6 +79,17 @@ def weight_arguments(weights: WeightScheme) -> dict[str, Any]:
 
 def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None:
     """What a config group says of a linear's input; None where it has no word for it."""
+    if activations.threshold is not None:
+        return None
+    if activations.scale_dtype == "float8_e4m3fn":
+        block = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": STORED_SCALES["float8_e4m3fn"]}
+        stated = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": "local"}
+        return {**stated, **block} if activations.static else None
+    if activations.static:
+        kind = "int" if activations.format == "int" else "float"
+        how = {"num_bits": activations.bits, "type": kind, "symmetric": activations.symmetric}
+        is_known = activations.format in ("int", "e4m3")
+        return {**how, "strategy": "tensor", "dynamic": False} if is_known else None
     per_token = {"num_bits": activations.bits, "symmetric": activations.symmetric, "strategy": "token", "dynamic": True}
     if activations.format == "int" and activations.group is None:
         return {"type": "int", **per_token}
@@ -88,8 +103,13 @@ def activation_arguments(activations: ActivationScheme) -> dict[str, Any] | None
 def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:
     """What `activation_arguments` were made of; None for what it does not make."""
     bits, symmetric = arguments.get("num_bits"), arguments.get("symmetric")
-    if arguments.get("type") == "int" and bits in range(4, 9):
-        found = ActivationScheme(bits=bits, symmetric=bool(symmetric))
+    is_static = arguments.get("strategy") == "tensor" and arguments.get("dynamic") is False
+    if arguments.get("strategy") == "tensor_group":
+        found = ActivationScheme.model_validate({**PRESETS["nvfp4"], "static": True})
+    elif arguments.get("type") == "int" and bits in range(2, 9):
+        found = ActivationScheme(bits=bits, symmetric=bool(symmetric), static=is_static)
+    elif is_static:
+        found = ActivationScheme(format="e4m3", bits=8, static=True)
     elif arguments.get("strategy") == "token":
         found = ActivationScheme(format="e4m3", bits=8)
     else:
@@ -103,8 +123,15 @@ def activation_scheme(arguments: dict[str, Any]) -> ActivationScheme | None:
 # ---- from codes to tensors ----
 
 
-def pack(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one linear in the layout of its scheme. Raises QtoolError for a float's scale that is not a number."""
+def pack(quantized: QuantizedTensor, scheme: Scheme, inputs: InputScales | None = None) -> dict[str, Tensor]:
+    """The tensors of one linear in the layout of its scheme, static scales of its inputs among them.
+
+    Raises QtoolError for a float's scale that is not a number.
+    """
+    return _pack_weights(quantized, scheme) | ({} if inputs is None else pack_inputs(inputs))
+
+
+def _pack_weights(quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
     layout = layout_of(scheme)
     assert layout is not None, f"no layout holds {scheme}"
     assert quantized.is_plain, "what stands beside codes, scales and zero points does not go into these layouts"
@@ -134,6 +161,16 @@ def reciprocal(of_tensor: float) -> Tensor:
     near = torch.cat([nearest, nearest.nextafter(torch.tensor(torch.inf)), nearest.nextafter(torch.tensor(0.0))])  # [3]
     exact = near[1 / near == of_tensor]
     return exact[:1].clone() if len(exact) else nearest
+
+
+def pack_inputs(inputs: InputScales) -> dict[str, Tensor]:
+    """The tensors of static scales."""
+    if inputs.scheme.scale_dtype == "float8_e4m3fn":
+        return {"input_global_scale": reciprocal(float(inputs.scale))}
+    if inputs.zero is None:
+        return {"input_scale": inputs.scale}
+    shift = 1 << (inputs.scheme.bits - 1)
+    return {"input_scale": inputs.scale, "input_zero_point": (inputs.zero.to(torch.int16) - shift).to(torch.int8)}
 
 
 def _as_words(quantized: QuantizedTensor) -> dict[str, Tensor]:
@@ -179,6 +216,24 @@ def decode(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 def unpack(parts: dict[str, Tensor], scheme: WeightScheme) -> QuantizedTensor:
     """One linear of its tensors by name; raises QtoolError where they contradict the scheme."""
     return _whole_numbers(parts, scheme) if scheme.format == "int" else _floats(parts, scheme)
+
+
+def unpack_inputs(parts: dict[str, Tensor], scheme: ActivationScheme) -> InputScales:
+    """Static scales of their tensors by name; raises QtoolError where they contradict the scheme."""
+    is_nvfp4 = scheme.scale_dtype == "float8_e4m3fn"
+    name = "input_global_scale" if is_nvfp4 else "input_scale"
+    scale, zero = parts.get(name, torch.empty(0)), parts.get("input_zero_point")
+    if scale.numel() != 1 or not 0 < float(scale) < torch.inf:
+        raise QtoolError(f"{name} must be one positive number, not {scale.tolist()}; calibrate it again")
+    if is_nvfp4:
+        return InputScales(scheme, 1 / scale.float().view(1))
+    if scheme.symmetric:
+        if zero is not None and bool(zero.float().any()):
+            raise QtoolError(f"input_zero_point is {zero.tolist()}, but inputs have no zero points; calibrate it again")
+        return InputScales(scheme, scale.view(1))
+    if zero is None or zero.numel() != 1 or zero.dtype != torch.int8:
+        raise QtoolError("input_zero_point must be one number in int8; calibrate it again")
+    return InputScales(scheme, scale.view(1), (zero.view(1).to(torch.int16) + (1 << (scheme.bits - 1))).to(torch.uint8))
 
 
 def _whole_numbers(parts: dict[str, Tensor], scheme: WeightScheme) -> QuantizedTensor:

@@ -4,11 +4,12 @@
     float8_e4m3fn                 scale = s_t · nearest(amax / (largest s_t)),  s_t = 2^ceil(log2(amax of all / (224 largest)))
     float8_e8m0fnu                scale = 2^(floor(log2 amax) - floor(log2 largest)),  a power of two
     amax [..., 1] largest magnitude of a group    largest: that of the grid's levels    s_t: one float32 per tensor
+Of inputs that are rounded at run time s_t is one of each token, amax of the token / (448 largest).
 Source: OCP Microscaling Formats 1.0, section 6.3 (powers of two); NVFP4 as in NVIDIA's TensorRT Model Optimizer, where s_t is
 amax of all / (448 largest).
-Why s_t is a power of two here: E4M3 is a float, so that its numbers are as fine at half their range; twice the range is left
-for groups whose best range is wider than the full one; runtimes that want one s_t for several tensors get it without any
-scale being rounded again; and its reciprocal, which compressed-tensors stores, is exact.
+Why s_t of weights is a power of two here: E4M3 is a float, so that its numbers are as fine at half their range; twice the range
+is left for groups whose best range is wider than the full one; runtimes that want one s_t for several tensors get it without
+any scale being rounded again; and its reciprocal, which compressed-tensors stores, is exact.
 """
 
 import math
@@ -26,6 +27,7 @@ SCALE_DTYPES = {
 BLOCK = 256  # scales that share a step where they are quantized themselves
 E4M3_LARGEST = 448.0
 E4M3_SMALLEST = 2.0**-9
+FLOAT32_LARGEST = torch.finfo(torch.float32).max
 SMALLEST_EXPONENT = -126  # of s_t, whose reciprocal is a float32 too
 
 
@@ -38,8 +40,14 @@ def tensor_scale(w: Tensor, largest: float, dtype: str) -> float:
     return 2.0 ** max(exponent - (mantissa == 0.5), SMALLEST_EXPONENT)
 
 
-def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Tensor:
-    """The scale [..., 1] that is stored for groups whose largest magnitude is amax [..., 1]; 1 where it would be zero."""
+def token_scale(x: Tensor, largest: float) -> Tensor:
+    """s_t [..., 1] of each token of x [..., in], as of a tensor of its own."""
+    amax = x.abs().amax(-1, keepdim=True)
+    return torch.where(amax > 0, 1 / (E4M3_LARGEST * largest / amax).clamp(max=FLOAT32_LARGEST), 1.0)
+
+
+def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float | Tensor) -> Tensor:
+    """The scale [..., 1] that is stored for groups whose largest magnitude is amax [..., 1]; s_t where it would be zero."""
     if dtype == "float8_e8m0fnu":
         exponent = torch.frexp(amax).exponent - torch.frexp(torch.tensor(largest)).exponent  # floors of both logarithms
         stored = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
@@ -47,7 +55,7 @@ def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float) -> Ten
         stored = (amax / (largest * of_tensor)).clamp(E4M3_SMALLEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float() * of_tensor
     else:
         stored = (amax / largest).to(SCALE_DTYPES[dtype]).float()
-    return torch.where((amax > 0) & (stored > 0), stored, torch.full_like(stored, of_tensor))
+    return torch.where((amax > 0) & (stored > 0), stored, torch.ones_like(stored) * of_tensor)
 
 
 def store_scale(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:

@@ -8,6 +8,8 @@
     power4g128         4-bit weights on a power grid
     e8pg64             eight weights in a code of 16 bits, a point of a lattice (see lattice.py)
     mxfp4, nvfp4, ...  microscaling formats, whose groups and scales are part of the name
+    -ae4m3, -aint4g32  how inputs are rounded: see INPUT_SHORTHAND and ACTIVATION_PRESETS; static at the end: by scales that
+                       quantize/inputs found
     -dq, -ic           at the end: scales quantized themselves; groups along `out`, one input channel (column) each
 The long form spells the same out: {weights: {bits: 4, group: 128, symmetric: true}, activations: {bits: 8}}.
 """
@@ -66,13 +68,17 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-# What may follow -a in a scheme's shorthand: how a linear's input is rounded.
+# What may follow -a in a scheme's shorthand: how a linear's input is rounded; or a word of INPUT_SHORTHAND.
 ACTIVATION_PRESETS: dict[str, dict[str, object]] = {
-    **{f"int{bits}": {"bits": bits} for bits in range(4, 9)},
+    **{f"int{bits}": {"bits": bits} for bits in range(2, 9)},
     "e4m3": {"format": "e4m3"},
     "e5m2": {"format": "e5m2"},
-    **{name: fields for name, fields in PRESETS.items() if name.startswith("mx")},
+    **{name: fields for name, fields in PRESETS.items() if name.startswith(("mx", "nv"))},
 }
+INPUT_SHORTHAND = re.compile(
+    r"(?:int(?P<bits>\d)(?P<asym>asym)?|(?P<format>e4m3|e5m2))(?:g(?P<g>\d+))?(?:t(?P<t>\d+(?:\.\d+)?))?"
+)
+STATIC = "static"  # after either: the scales are static
 
 
 class WeightScheme(Options):
@@ -172,11 +178,23 @@ class ActivationScheme(Options):
     """Inputs of linears, rounded at run time, each token, or each group of a token's channels, by its own range."""
 
     format: ActivationFormat = Field("int", description="int, or floats by exponent and mantissa bits")
-    bits: int = Field(ge=4, le=8, description="bits per activation; a float's own where the format is one")
+    bits: int = Field(ge=2, le=8, description="bits per activation; a float's own where the format is one")
     group: int | None = Field(None, ge=8, description="neighbouring channels that share a scale; null: all of a token")
     symmetric: bool = Field(True, description="no zero points")
-    scale_dtype: Literal["float32", "float8_e8m0fnu"] = Field(
-        "float32", description="dtype of the scales; float8_e8m0fnu holds powers of two, as the microscaling formats have them"
+    scale_dtype: Literal["float32", "float8_e4m3fn", "float8_e8m0fnu"] = Field(
+        "float32",
+        description="dtype of the scales; float8_e4m3fn goes with one float32 scale for all of a token; float8_e8m0fnu holds "
+        "powers of two, as the microscaling formats have them",
+    )
+    static: bool = Field(
+        False,
+        description="one scale for all tokens, found before on text, as quantize/inputs does; of nvfp4, one float32 scale",
+    )
+
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        description="channels that reach this magnitude in any token of a call stay as they are (LLM.int8); null: none do",
     )
 
     @model_validator(mode="before")
@@ -190,6 +208,13 @@ class ActivationScheme(Options):
             raise ValueError(f"{self.format} has {bits} bits, not {self.bits}; leave bits away")
         if not self.symmetric and (self.format != "int" or self.scale_dtype != "float32"):
             raise ValueError("zero points go with whole numbers and float32 scales alone; leave symmetric away")
+        if self.scale_dtype == "float8_e4m3fn" and (self.format, self.group) != ("e2m1", 16):
+            raise ValueError("float8_e4m3fn scales of inputs go with e2m1 in groups of 16 (nvfp4); use float32 ones")
+        if self.static and self.group is not None and self.scale_dtype != "float8_e4m3fn":
+            raise ValueError("static scales serve whole tokens, or nvfp4; leave group away")
+        is_whole = self.format == "int" and self.symmetric and self.group is None and not self.static
+        if self.threshold is not None and not (is_whole and self.scale_dtype == "float32"):
+            raise ValueError("threshold goes with whole numbers that are symmetric and scaled per token, such as int8t6")
         return self
 
     @property
@@ -199,14 +224,16 @@ class ActivationScheme(Options):
         return CodebookGrid(self.format, self.scale_dtype)
 
     def __str__(self) -> str:
-        """int8, e4m3, mxfp4, ..."""
+        """int8, int4asymg64, e4m3, mxfp4, int8static, ..."""
+        if self.static:
+            return f"{self.model_copy(update={'static': False})}{STATIC}"
         for word, fields in ACTIVATION_PRESETS.items():
             if self == ActivationScheme.model_validate(fields):
                 return word
         group = "" if self.group is None else f"g{self.group}"
-        zeros = "" if self.symmetric else "-asym"
-        kind = f"int{self.bits}" if self.format == "int" else self.format
-        return f"{kind}{group}{zeros}{'' if self.scale_dtype == 'float32' else '-e8m0'}"
+        kind = f"int{self.bits}{'' if self.symmetric else 'asym'}" if self.format == "int" else self.format
+        outliers = "" if self.threshold is None else f"t{self.threshold:.6f}".rstrip("0").rstrip(".")
+        return f"{kind}{group}{outliers}{'' if self.scale_dtype == 'float32' else '-e8m0'}"
 
 
 class KvScheme(Options):
@@ -246,7 +273,7 @@ class Scheme(Shorthand):
         return parse_shorthand(word)
 
     def __str__(self) -> str:
-        is_plain = self.activations is None or (self.activations.format, self.activations.group) == ("int", None)
+        is_plain = self.activations is None or self.activations == ActivationScheme(bits=self.activations.bits)
         if self.weights.format != "int" or self.weights.scale_dtype.startswith("float8") or not is_plain:
             cache = "" if self.kv is None else f"-kv{self.kv.bits}"
             return f"{self.weights}{'' if self.activations is None else f'-a{self.activations}'}{cache}"
@@ -283,11 +310,21 @@ class SchemeSelection(Selection):
         return (*super().patterns(), *self.modules)
 
 
+class InputSelection(Selection):
+    """Options of a method that finds static scales for the rounded inputs of linears."""
+
+    def after(self, name: str, scheme: Scheme) -> Scheme:
+        """The scheme that the quantized linear `name` has afterwards."""
+        if scheme.activations is None or self.is_ignored(name):
+            return scheme
+        return scheme.model_copy(update={"activations": scheme.activations.model_copy(update={"static": True})})
+
+
 def parse_shorthand(text: str) -> dict[str, object]:
     """The long form of a shorthand; raises ValueError that shows the form."""
     head, *endings = text.split("-")
-    inputs = [word[1:] for word in endings if word[0:1] == "a" and word[1:] in ACTIVATION_PRESETS]
-    endings = [word for word in endings if word[0:1] != "a" or word[1:] not in ACTIVATION_PRESETS]
+    inputs = [fields for word in endings if (fields := input_fields(word)) is not None]
+    endings = [word for word in endings if input_fields(word) is None]
     bits: dict[str, int] = {}
     weights: dict[str, object] = {}
     if head in PRESETS and not endings:
@@ -303,18 +340,38 @@ def parse_shorthand(text: str) -> dict[str, object]:
         raise ValueError(
             f'"{text}" is no scheme; write w<bits>a<bits>[kv<bits>][g<group>][-asym[f16]][-dq][-ic], such as w4a16g128, a '
             f"table with its group, such as nf4g64 ({', '.join((*LEVELS, *LATTICES))}), power<bits>[g<group>], or one of "
-            f"{', '.join(PRESETS)}; then -a and how inputs are rounded: {', '.join(ACTIVATION_PRESETS)}"
+            f"{', '.join(PRESETS)}; then -a and how inputs are rounded: {', '.join(ACTIVATION_PRESETS)}, or with zero points "
+            "and groups, such as int8asym, int4g32 and int4asymg64, or with outliers kept (int8t6)"
         )
     for ending in endings:
         weights |= ENDINGS[ending]
     long: dict[str, object] = {"weights": weights}
     if bits.get("a", 16) < 16:
         long["activations"] = {"bits": bits["a"]}
-    for word in inputs:
-        long["activations"] = ACTIVATION_PRESETS[word]
+    for fields in inputs:
+        long["activations"] = fields
     if bits.get("kv", 16) < 16:
         long["kv"] = {"bits": bits["kv"]}
     return long
+
+
+def input_fields(ending: str) -> dict[str, object] | None:
+    """The long form of how inputs are rounded, such as of aint4g32 and ae4m3; None of another ending."""
+    word = ending[1:].removesuffix(STATIC)
+    if ending[:1] != "a":
+        return None
+    if f"a{word}" != ending:
+        plain = input_fields(f"a{word}")
+        return None if plain is None else {**plain, "static": True}
+    if word in ACTIVATION_PRESETS:
+        return ACTIVATION_PRESETS[word]
+    if (match := INPUT_SHORTHAND.fullmatch(word)) is None:
+        return None
+    rest: dict[str, object] = {} if match["g"] is None else {"group": int(match["g"])}
+    rest |= {} if match["t"] is None else {"threshold": float(match["t"])}
+    if match["format"] is not None:
+        return {"format": match["format"], **rest}
+    return {"bits": int(match["bits"]), "symmetric": match["asym"] is None, **rest}
 
 
 def with_own_bits(value: object) -> object:

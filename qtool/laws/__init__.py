@@ -28,6 +28,11 @@ from qtool.laws.cache import (
     the_first_and_the_latest_stay,
     what_was_seen_is_covered,
 )
+from qtool.laws.inputs import (
+    every_order_of_tokens_gives_the_same_scales,
+    no_input_in_the_range_is_further_than_half_a_step,
+    scales_follow_the_inputs,
+)
 from qtool.laws.linear import (
     codes_in_range,
     error_falls_with_rank,
@@ -95,6 +100,11 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         tokens_are_rounded_one_by_one,
         what_is_not_seen_stays_unseen,
         more_bits_of_attention_lose_less,
+    ),
+    ("quantize", "inputs"): (
+        no_input_in_the_range_is_further_than_half_a_step,
+        scales_follow_the_inputs,
+        every_order_of_tokens_gives_the_same_scales,
     ),
     ("prune", "linear"): (
         sparsity_is_exact,

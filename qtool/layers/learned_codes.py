@@ -27,6 +27,7 @@ class LearnedCodes(nn.Module):
         super().__init__()
         self._qt = layer.qt
         self.activations, self.bias, self.scale = layer.activations, layer.bias, layer.scale
+        self._inputs = layer.inputs
         levels = to_groups(self._qt.grid.levels(self._qt.codes), self._qt.scheme)  # [out, groups, group]
         zero = self._qt.params().zero
         self.places = nn.Parameter(levels if zero is None else levels - zero)
@@ -34,7 +35,7 @@ class LearnedCodes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         params = replace(self._qt, scale=self.scale).params()
         W = soft_levels(self.places, self._qt.grid, params) * params.scale  # [out, groups, group]
-        x = x if self.activations is None else snap_inputs(x, self.activations)
+        x = x if self.activations is None else snap_inputs(x, self.activations, self._inputs)
         return F.linear(x, from_groups(W, self._qt.scheme).to(x.dtype), self.bias)
 
     @torch.no_grad()
@@ -42,4 +43,5 @@ class LearnedCodes(nn.Module):
         """The layer with its codes and its scale as they are now."""
         codes = codes_of(self.places, self._qt.grid, self._qt.params())  # [out, groups, group]
         codes = from_groups(codes, self._qt.scheme).to(self._qt.codes.dtype)
-        return QuantLinear(replace(self._qt, codes=codes, scale=self.scale.detach()), self.bias, self.activations)
+        tensor = replace(self._qt, codes=codes, scale=self.scale.detach())
+        return QuantLinear(tensor, self.bias, self.activations, inputs=self._inputs)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtool.formats.inputs import fit_inputs, grouped_inputs, outlying
 from qtool.formats.integer import Params
 from qtool.formats.scheme import ActivationScheme, Grid, Scheme
 from qtool.formats.tensor import QuantizedTensor, assemble, from_groups, settle, to_groups
-from qtool.layers.quant_linear import grouped_inputs
 
 
 class RoundedLinear(nn.Module):
@@ -88,11 +88,13 @@ def soft_levels(x: Tensor, grid: Grid, params: Params) -> Tensor:
 
 def soft_snap_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """`snap_inputs` of x [..., in], through whose rounding gradients reach x and each range; in x's dtype."""
-    grid, wide = scheme.grid, grouped_inputs(x.float(), scheme)  # [..., groups, group]
+    grid, kept = scheme.grid, outlying(x, scheme)
+    wide = grouped_inputs(x.float() if kept is None else x.float().masked_fill(kept, 0), scheme)  # [..., groups, group]
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)  # [..., groups, 1]
     with torch.no_grad():
-        stored = grid.fit_range(low, high)
-    return soft_snap(wide, grid, soft_params(grid, low, high, stored)).view(x.shape).to(x.dtype)
+        stored = fit_inputs(wide, scheme)
+    snapped = soft_snap(wide, grid, soft_params(grid, low, high, stored)).view(x.shape).to(x.dtype)
+    return snapped if kept is None else torch.where(kept, x, snapped)
 
 
 def codes_of(x: Tensor, grid: Grid, params: Params) -> Tensor:

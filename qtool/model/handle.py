@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
+from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
@@ -35,6 +36,7 @@ from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
 from qtool.model.rounded_attention import quantize_by_kivi, round_attention
 from qtool.model.store import (
+    INPUTS,
     LOW_RANK,
     ROUNDING,
     Changes,
@@ -281,6 +283,7 @@ class ModelHandle:
         inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
         inside = [name for name in inside if name not in changes and "::" not in name]  # qtool's reader takes those
         factors: dict[str, LowRank | None] = {}
+        inputs: dict[str, InputScales | None] = {}
         for name, tensor in self.checkpoint.read(inside, self.dtype):
             self._place(root, name.removeprefix(prefix), tensor.to(self.device))
         if self.quantization is not None:
@@ -289,8 +292,10 @@ class ModelHandle:
                 if is_linear(module) and not (root is self.model and self._in_block(name)):
                     quantized = reader.read_linear(self.checkpoint, prefix + name, self.quantization)
                     if quantized is not None:
-                        factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
-                        self._place_quantized(root, name, *quantized, factors[prefix + name])
+                        full = prefix + name
+                        factors[full] = reader.read_low_rank(self.checkpoint, full, self.quantization)
+                        inputs[full] = reader.read_inputs(self.checkpoint, full, self.quantization)
+                        self._place_quantized(root, name, *quantized, factors[full], inputs[full])
             for name in attentions_of(root) if prefix else ():
                 if (cache := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
                     self._place_cache(root, name, cache)
@@ -302,7 +307,8 @@ class ModelHandle:
             elif isinstance(value, tuple):
                 linear = name.removesuffix(".weight")
                 low_rank = changes.get(linear + LOW_RANK, factors.get(linear))
-                self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
+                static = changes.get(linear + INPUTS, inputs.get(linear))
+                self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank, static)
             elif isinstance(value, CacheScales | KiviScheme):
                 self._place_cache(root, name.removeprefix(prefix), value)
             elif isinstance(value, AttentionRounding):
@@ -464,7 +470,7 @@ class ModelHandle:
         elif last in owner._parameters:
             owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
 
-    def _place_quantized(self, root: nn.Module, name: str, quantized: Any, scheme: Any, low_rank: Any) -> None:
+    def _place_quantized(self, root: nn.Module, name: str, quantized: Any, scheme: Any, low_rank: Any, inputs: Any) -> None:
         path, _, last = name.rpartition(".")
         owner = root.get_submodule(path)
         old = owner.get_submodule(last)
@@ -472,7 +478,7 @@ class ModelHandle:
             is_, must = list(quantized.shape), list(shape_of(old))
             raise QtoolError(f"model: {self.folder}: {name} is {is_}, the config makes it {must}; is it the right checkpoint?")
         bias = getattr(old, "bias", None)
-        layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
+        layer = QuantLinear(quantized, bias, scheme.activations, low_rank, inputs).to(self.device)
         owner.register_module(last, layer)
 
     def _place_cache(self, root: nn.Module, name: str, cache: CacheScales | KiviScheme) -> None:

@@ -1,8 +1,9 @@
 """qtool's own layout of a linear: the tensors that a run keeps of it, and one more that says what they are.
 
     NAME.weight::PART    each part of the quantized weight; NAME.low_rank::PART    of its low-rank factors
+    NAME.inputs::PART    of the static scales of its inputs
     NAME.weight::facts [bytes] uint8, JSON:
-        {"scheme": ..., "facts": ..., "columns": [...], "weight": {PART: [dtype, shape]}, "low_rank": {PART: [dtype, shape]}}
+        {"scheme": ..., "facts": ..., "columns": [...], "weight": {PART: [dtype, shape]}, "low_rank": {...}, "inputs": {...}}
 See qtool/model/store.py for the parts and for scheme, facts and columns.
 """
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.inputs import InputScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import n_words_of
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.model.store import LOW_RANK, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
+from qtool.model.store import INPUTS, LOW_RANK, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
 
-VERSION = 2  # 2: with a quantized cache, or with attentions that round
+VERSION = 3  # 2: with a quantized cache, or attentions that round; 3: with static scales of inputs
 FACTS = "facts"
 Form = tuple[str, tuple[int, ...]]  # dtype and shape
 Read = Callable[[list[str]], dict[str, Tensor]]  # those of the named tensors that there are
@@ -37,20 +39,25 @@ class StoredLinear:
     facts: dict[str, Any]
     weight: dict[str, Form]
     low_rank: dict[str, Form]
+    inputs: dict[str, Form]
 
 
-def pack_linear(name: str, quantized: QuantizedTensor, scheme: Scheme, low_rank: LowRank | None) -> dict[str, Tensor]:
+def pack_linear(
+    name: str, quantized: QuantizedTensor, scheme: Scheme, low_rank: LowRank | None, inputs: InputScales | None = None
+) -> dict[str, Tensor]:
     """All tensors of the linear `name` by their full names."""
     weight = quantized_parts(quantized)
     factors = {} if low_rank is None else low_rank_parts(low_rank)
+    scales = {} if inputs is None else inputs.parts()
     forms = {
         kind: {part: _form(tensor) for part, tensor in parts.items()}
-        for kind, parts in (("weight", weight), ("low_rank", factors))
+        for kind, parts in (("weight", weight), ("low_rank", factors), ("inputs", scales))
     }
     text = in_json({**quantized_facts(quantized, scheme), **forms})
     return {
         **{f"{name}.weight::{part}": tensor for part, tensor in weight.items()},
         **{f"{name}{LOW_RANK}::{part}": tensor for part, tensor in factors.items()},
+        **{f"{name}{INPUTS}::{part}": tensor for part, tensor in scales.items()},
         f"{name}.weight::{FACTS}": torch.tensor(list(text.encode()), dtype=torch.uint8),  # [bytes]
     }
 
@@ -65,9 +72,11 @@ def read_facts(name: str, read: Read) -> StoredLinear | None:
         return None
     try:
         facts = json.loads(bytes(found.tolist()))
-        weight, low_rank = ({part: (str(dtype), tuple(shape)) for part, (dtype, shape) in facts[kind].items()}
-                            for kind in ("weight", "low_rank"))  # fmt: skip
-        return StoredLinear(name, Scheme.model_validate(facts["scheme"]), facts, weight, low_rank)
+        weight, low_rank, inputs = (
+            {part: (str(dtype), tuple(shape)) for part, (dtype, shape) in parts.items()}
+            for parts in (facts["weight"], facts["low_rank"], facts.get("inputs", {}))  # before version 3 there are none
+        )
+        return StoredLinear(name, Scheme.model_validate(facts["scheme"]), facts, weight, low_rank, inputs)
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON, a field missing, a scheme out of range
         raise _senseless(name, error) from error
 
@@ -93,6 +102,22 @@ def unpack_low_rank(stored: StoredLinear, read: Read) -> LowRank | None:
         return LowRank(parts["left"], parts["right"], parts.get("scale"))
     except KeyError as error:
         raise _senseless(stored.name, error) from error
+
+
+def unpack_inputs(stored: StoredLinear, read: Read) -> InputScales | None:
+    """The static scales of inputs, None where there are none; raises QtoolError as `unpack_linear` does."""
+    scheme = stored.scheme.activations
+    if scheme is None or not scheme.static:
+        return None
+    parts = _read_parts(f"{stored.name}{INPUTS}", stored.inputs, read)
+    must = {"scale"} | (set() if scheme.symmetric else {"zero"})
+    if parts.keys() != must or any(part.shape != (1,) for part in parts.values()):
+        forms = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items()) or "nothing"
+        raise QtoolError(
+            f"model: {stored.name}{INPUTS} has {forms}, must have {' and '.join(sorted(must))} of one number each; the "
+            "checkpoint is damaged, export it again"
+        )
+    return InputScales(scheme, parts["scale"], parts.get("zero"))
 
 
 def _form(tensor: Tensor) -> Form:

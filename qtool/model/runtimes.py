@@ -42,7 +42,7 @@ class ServedSchemes(Options):
     zero_dtypes: tuple[ZeroDtype, ...] = ("int",)
     scale_dtypes: tuple[ScaleDtype, ...] = PLAIN
     double_quant: tuple[bool, ...] = (False,)
-    activations: tuple[str, ...] = ("none",)  # how a linear's input is rounded: none, int8, int8-asym, e4m3, mxfp4, ...
+    activations: tuple[str, ...] = ("none",)  # how a linear's input is rounded: none, int8, int8asym, e4m3, mxfp4, ...
     in_multiple: int = 1
     out_multiple: int = 1
     dtypes: tuple[ModelDtype, ...] | None = None

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool.artifact import MANIFEST
+from qtool.formats.inputs import InputScales
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear
@@ -79,9 +80,14 @@ def packed_size(name: str, shape: tuple[int, int], scheme: Scheme, storage: Stor
     encode, describe = storage.encode, storage.describe
     assert encode is not None
 
+    inputs = None
+    if scheme.activations is not None and scheme.activations.static:
+        zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.uint8)
+        inputs = InputScales(scheme.activations, torch.ones(1), zero)
+
     def measure(out: int) -> tuple[int, int]:
         zeros = quantize(torch.zeros(out, shape[1]), scheme.weights)
-        tensors, _ = encode(name, QuantLinear(zeros, None, scheme.activations))
+        tensors, _ = encode(name, QuantLinear(zeros, None, scheme.activations, inputs=inputs))
         words = {} if describe is None else describe(tensors)
         return sum(tensor.nbytes for tensor in tensors.values()) + len(json.dumps(words)), len(tensors)
 

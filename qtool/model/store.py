@@ -2,9 +2,10 @@
 
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
-low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; the scales of a quantized
-cache as `attention::k_scale` and `::v_scale`; how KIVI keeps a cache, which has no tensor, in the header alone,
-and so does what an attention rounds, which changes name `attention.rounding`.
+low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; static scales of its inputs as
+`linear.inputs::scale` and, where there are zero points, `::zero`; the scales of a quantized cache as `attention::k_scale` and
+`::v_scale`; how KIVI keeps a cache, which has no tensor, in the header alone, and so does what an attention rounds, which
+changes name `attention.rounding`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
+from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
@@ -29,9 +31,10 @@ from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | CacheScales | KiviScheme | AttentionRounding | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | InputScales | CacheScales | KiviScheme | AttentionRounding | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
+INPUTS = ".inputs"  # likewise
 ROUNDING = ".rounding"  # after the name of an attention
 
 
@@ -70,6 +73,8 @@ def save_changes(path: Path, changes: Changes) -> None:
             caches[name] = value
         elif isinstance(value, AttentionRounding):
             attentions[name] = value
+        elif isinstance(value, InputScales):
+            tensors |= {f"{name}::{part}": tensor.clone() for part, tensor in value.parts().items()}  # several linears' own
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
@@ -192,4 +197,8 @@ def load_changes(path: Path) -> Changes:
         changes[name] = AttentionRounding.model_validate(fields)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
+    for name in (name.removesuffix("::scale") for name in tensors if name.endswith(f"{INPUTS}::scale")):
+        rounding = Scheme.model_validate(facts["weights"][f"{name.removesuffix(INPUTS)}.weight"]["scheme"]).activations
+        assert rounding is not None, f"{name}: a linear with static scales rounds its inputs"
+        changes[name] = InputScales(rounding, tensors[f"{name}::scale"], tensors.get(f"{name}::zero"))
     return changes

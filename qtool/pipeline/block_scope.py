@@ -5,20 +5,22 @@ from typing import Any
 
 from torch import Tensor
 
+from qtool.calibration.input_values import InputValues
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
-from qtool.formats.scheme import SchemeSelection
+from qtool.formats.scheme import ActivationScheme, InputSelection, Scheme, SchemeSelection
 from qtool.layers.kv_cache import CacheObserver, attentions_of, pass_through, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.rounded_attention import quantize_by_kivi, round_attention
-from qtool.model.store import ROUNDING
+from qtool.model.store import INPUTS, ROUNDING
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings
 from qtool.options import Needs
+from qtool.pipeline.linear_scope import chosen_groups
 from qtool.pipeline.twin import Twin
 from qtool.pipeline.work import Work, errors
 from qtool.registry import Method
@@ -93,6 +95,52 @@ def round_attention_of(block: Block, options: AttentionRounding, work: Work) -> 
     for name, attention in attentions_of(block.module).items():
         round_attention(attention, options)
         work.changes[f"{block.name}.{name}{ROUNDING}"] = options
+
+
+def quantize_inputs_of(block: Block, method: Method, options: InputSelection, hidden: Tensor, work: Work) -> Tensor:
+    """Let a method of scope inputs find static scales for what the block's linears read; returns the block's new output."""
+    chosen: dict[tuple[str, ...], InputValues] = {}
+    for names in chosen_groups(block, options, hidden, only_quantized=True):
+        alike: dict[ActivationScheme, list[str]] = {}  # linears that round one input in different ways have scales of their own
+        for name in names:
+            if (scheme := rounding_of(block, name)) is not None:
+                alike.setdefault(scheme, []).append(name)
+        chosen |= {tuple(members): InputValues(scheme.group) for scheme, members in alike.items()}
+    block.forward_observed(hidden, {names[0]: seen for names, seen in chosen.items()})
+    for names, seen in chosen.items():
+        make_static(block, names, seen, method, options, work)
+    return block.forward(hidden)
+
+
+def rounding_of(block: Block, name: str) -> ActivationScheme | None:
+    """How the linear rounds its inputs at run time; None where it does not."""
+    layer = block.get(name)
+    return layer.activations if isinstance(layer, QuantLinear) and layer.inputs is None else None
+
+
+def make_static(
+    block: Block, names: tuple[str, ...], seen: InputValues, method: Method, options: InputSelection, work: Work
+) -> None:
+    """Give linears that share an input, and round it alike, the static scales that the method finds for it."""
+    begun = time.perf_counter()
+    if seen.n_tokens == 0:
+        work.note(names[0])("no token of the calibration text came here; its inputs are scaled at run time as before")
+        return
+    scheme = rounding_of(block, names[0])
+    assert scheme is not None, f"{names[0]}: its inputs are rounded"
+    static = scheme.model_copy(update={"static": True})
+    try:
+        found = method.run(seen, static, block.dtype, options, work.note(names[0])).to(block.device)
+    except QtoolError as error:
+        raise QtoolError(f"{method.key}: {names[0]}: {error}") from error
+    seconds = (time.perf_counter() - begun) / len(names)
+    for name in names:
+        layer = block.get(name)
+        assert isinstance(layer, QuantLinear), f"{name} is quantized"
+        after = Scheme(weights=layer.scheme, activations=static)
+        block.put(name, QuantLinear(layer.qt, layer.bias, static, layer.low_rank, found))
+        work.changes |= {f"{name}.weight": (layer.qt, after), f"{name}{INPUTS}": found}
+        work.linears.append({"name": name, "scheme": str(after), "seconds": seconds})
 
 
 def tune_block(

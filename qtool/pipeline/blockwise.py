@@ -15,15 +15,25 @@ from typing import Any
 
 from torch import Tensor
 
+from qtool.calibration.input_values import InputValues
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRankSelection
-from qtool.formats.scheme import SchemeSelection
+from qtool.formats.scheme import InputSelection, SchemeSelection
 from qtool.model.handle import BATCH, Block, ModelHandle
 from qtool.model.memory import large_pieces_returned
 from qtool.model.store import save_changes
 from qtool.options import Needs, Selection, require_matches
-from qtool.pipeline.block_scope import keep_cache_of, quantize_cache_of, round_attention_of, transform_block, tune_block
+from qtool.pipeline.block_scope import (
+    keep_cache_of,
+    make_static,
+    quantize_cache_of,
+    quantize_inputs_of,
+    round_attention_of,
+    rounding_of,
+    transform_block,
+    tune_block,
+)
 from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
@@ -49,13 +59,16 @@ def run_blockwise(
     Factorize takes `unquantized`, the model as it was right before the quantize steps.
     """
     needs = method.needed(options)
-    needs_inputs = bool(needs) or method.scope in ("block", "cache")
+    needs_inputs = bool(needs) or method.scope in ("block", "cache", "inputs")
     if needs_inputs and tokens is None:
         raise QtoolError(f"{method.key} needs calibration data; put a calibrate step before it")
     changes_function = method.kind != "transform" or method.scope == "linear"
     head = head_to_change(model, options) if isinstance(options, Selection) else None
     if unquantized is not None:
         head = check_quantized(model, method, options, head)
+    if method.scope == "inputs" and head is not None:
+        scheme = model.schemes().get(head)
+        head = head if scheme is not None and scheme.activations is not None else None
     sees_outputs = tokens is not None and "output_hessian" in needs
     progress.stage(method.key, model.n_blocks + (head is not None) + (model.n_blocks + 1 if sees_outputs else 0))
 
@@ -89,6 +102,9 @@ def run_blockwise(
                     keep_cache_of(block, options, work)
                 elif method.scope == "attention":
                     round_attention_of(block, options, work)
+                elif method.scope == "inputs":
+                    assert hidden is not None
+                    hidden = quantize_inputs_of(block, method, options, hidden, work)
                 elif method.scope == "block":
                     assert hidden is not None and twin is not None
                     hidden = tune_block(block, method, options, hidden, twin, seed, work)
@@ -209,13 +225,28 @@ def change_head(
         if unquantized is not None:
             stack.enter_context(unquantized.outer())
             before = Block(unquantized, -1, unquantized.model, "")
-        if hidden is not None:
-            stats = LayerStats(model.linear_shape(head)[1], needs, model.device)
-            for place, x in enumerate(inputs):
-                stats.update(x, originals[place] if originals else None)
-        choose_change(outside, before, method, options, work)((head,), stats)
+        if isinstance(options, InputSelection):
+            make_head_static(outside, head, inputs, method, options, work)
+        else:
+            if hidden is not None:
+                stats = LayerStats(model.linear_shape(head)[1], needs, model.device)
+                for place, x in enumerate(inputs):
+                    stats.update(x, originals[place] if originals else None)
+            choose_change(outside, before, method, options, work)((head,), stats)
     folder.write_records("outer", {"linears": work.linears, "fallbacks": work.fallbacks})
     save_changes(folder.unit("outer"), work.changes)
+
+
+def make_head_static(
+    outside: Block, head: str, inputs: list[Tensor], method: Method, options: InputSelection, work: Work
+) -> None:
+    """Give the output head, fed with inputs [batch, length, in], static scales."""
+    rounding = rounding_of(outside, head)
+    assert rounding is not None, f"{head}: run_blockwise has seen that its inputs are rounded"
+    seen = InputValues(rounding.group)
+    for x in inputs:
+        seen.update(x)
+    make_static(outside, (head,), seen, method, options, work)
 
 
 def inputs_of_head(model: ModelHandle, head: str, hidden: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
-from qtool.formats.scheme import CacheSelection, KvScheme, Scheme, SchemeSelection
+from qtool.formats.scheme import CacheSelection, InputSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import servings
 from qtool.options import ExportOptions, Selection
@@ -52,7 +52,10 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
 
 
 def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
-    """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears."""
+    """Raise QtoolError, before any work, where an export cannot hold what the steps before it will make of the linears.
+
+    Or where a step that finds static scales of inputs does not fit what they will be.
+    """
     for index, step in enumerate(steps):
         if step.method.kind == "export":
             with located(step):
@@ -158,6 +161,8 @@ def planned_schemes(model: ModelHandle, steps: Sequence[Step]) -> Iterator[dict[
         schemes = model.schemes()
         for step in steps:
             options = step.options
+            if isinstance(options, InputSelection):
+                schemes = {name: options.after(name, scheme) for name, scheme in schemes.items()}
             if step.method.kind != "quantize" or not isinstance(options, SchemeSelection):
                 continue
             if options.scheme == "search":

@@ -107,7 +107,7 @@ def changing_cost(model: ModelHandle, step: Step, sizes: Sizes, calibration: tup
         memory += 4 * 4 * options.batch / options.accumulate * length * sizes.vocab
         written = options.generate * length * sizes.all * FORWARD * ALONE
         return Cost(step.key, options.steps * options.batch * window + written, memory, sizes.all * sizes.itemsize)
-    passes = 0 if not (needs or method.scope in ("block", "cache")) else 2
+    passes = 0 if not (needs or method.scope in ("block", "cache", "inputs")) else 2
     twin = method.kind != "transform" and (method.scope == "block" or "drift" in needs)
     operations: float = (passes + twin) * n_tokens * sizes.blocks * FORWARD
     activations = float(2 + 2 * twin) * n_tokens * sizes.hidden * sizes.itemsize * bool(passes)

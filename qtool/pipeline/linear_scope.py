@@ -204,7 +204,7 @@ def compensate_linears(
         except QtoolError as error:
             raise QtoolError(f"{method.key}: {name}: {error}") from error
         low_rank = found.stored_in(options.dtype)
-        changed = QuantLinear(layer.qt, layer.bias, layer.activations, low_rank)
+        changed = QuantLinear(layer.qt, layer.bias, layer.activations, low_rank, layer.inputs)
         block.put(name, changed)
         work.changes[f"{name}{LOW_RANK}"] = low_rank
         stored = work.changes[f"{name}.weight"]

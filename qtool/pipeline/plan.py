@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qtool.formats.allocation import SearchOptions, stored_bytes
 from qtool.formats.kivi import KiviScheme
-from qtool.formats.scheme import KvScheme, Scheme, SchemeSelection
+from qtool.formats.scheme import InputSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
@@ -142,7 +142,12 @@ def rows_of(model: ModelHandle, steps: Sequence[Step]) -> list[Row]:
     before, found = model.schemes(), {}
     for name in model.linear_names():
         found[name] = (str(before[name]), "as it came") if name in before else ("dense", "")
-    for step in steps:
+    for index, step in enumerate(steps):
+        if isinstance(step.options, InputSelection):
+            after = next(planned_schemes(model, steps[: index + 1]))
+            for name, (words, key) in found.items():
+                if name in after and words not in ("by search", str(after[name])):
+                    found[name] = (str(after[name]), f"{key}, {step.key}")
         if step.method.kind == "quantize" and isinstance(step.options, SchemeSelection):
             for name in found:
                 if step.options.is_ignored(name):

@@ -259,13 +259,13 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
-        is_always_fed = method.scope == "cache" or (method.kind in ALWAYS_FED and method.scope != "linear")
+        is_always_fed = method.scope in ("cache", "inputs") or (method.kind in ALWAYS_FED and method.scope != "linear")
         needs_text = is_always_fed or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))
         if options is None:
             continue
-        problems.extend(_find_cache_schemes(options, value, method.key))
+        problems.extend(_find_later_schemes(options, value, method.key))
         if not is_searched and getattr(options, "scheme", None) == "search":
             text = f"{method.key}: scheme is search, but no search step stands before it; put search/mixed_precision there"
             problems.append((nearest_mark(value, ("scheme",), key.start_mark), text))
@@ -273,18 +273,22 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     return steps
 
 
-def _find_cache_schemes(options: Options, node: Node, key: str) -> Iterator[Problem]:
-    """Schemes that ask for a quantized key/value cache, which is a step of its own."""
+def _find_later_schemes(options: Options, node: Node, key: str) -> Iterator[Problem]:
+    """Schemes that ask for what is a step of its own: a quantized key/value cache, static scales of inputs."""
     from qtool.formats.scheme import Scheme  # here, because it imports torch, and by now the methods have
 
     for name in type(options).model_fields:
         value = getattr(options, name)
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
-            if isinstance(part, Scheme) and part.kv is not None:
+            if not isinstance(part, Scheme):
+                continue
+            at = nearest_mark(node, (name,), node.start_mark)
+            if part.kv is not None:
                 bits = part.kv.bits
                 step = "quantize/kv_cache" if bits == 8 else f"quantize/kivi: {{key_bits: {bits}, value_bits: {bits}}}"
-                text = f"{key}: {name}: {part}: the cache is a step of its own, {step}; leave kv{bits} away"
-                yield nearest_mark(node, (name,), node.start_mark), text
+                yield at, f"{key}: {name}: {part}: the cache is a step of its own, {step}; leave kv{bits} away"
+            if part.activations is not None and part.activations.static:
+                yield at, f"{key}: {name}: {part}: static scales are a step of their own, quantize/inputs; leave static away"
 
 
 def _check(model: type[Checked], node: Node, at: yaml.Mark, prefix: str, problems: Problems) -> Checked | None:

@@ -37,6 +37,22 @@ SAME = {
         "weights": {"bits": 4, "group": 128},
         "activations": {"format": "e4m3", "group": 32, "scale_dtype": "float8_e8m0fnu"},
     },
+    "nvfp4-anvfp4": {
+        "weights": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"},
+        "activations": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"},
+    },
+    "w2a8": {"weights": {"bits": 2}, "activations": {"bits": 8}},
+    "w2a2g32": {"weights": {"bits": 2, "group": 32}, "activations": {"bits": 2}},
+    "w8-aint8asym": {"weights": {"bits": 8}, "activations": {"bits": 8, "symmetric": False}},
+    "w4g64-asym-aint4g32": {
+        "weights": {"bits": 4, "group": 64, "symmetric": False},
+        "activations": {"bits": 4, "group": 32},
+    },
+    "w4-aint4asymg64": {"weights": {"bits": 4}, "activations": {"bits": 4, "group": 64, "symmetric": False}},
+    "e4m3g64-ae4m3g64": {"weights": {"format": "e4m3", "group": 64}, "activations": {"format": "e4m3", "group": 64}},
+    "w8-aint8t6": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 6.0}},
+    "w8-aint8t0.25": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 0.25}},
+    "w8-aint8t0": {"weights": {"bits": 8}, "activations": {"bits": 8, "threshold": 0.0}},
     "mxint8": {"weights": {"bits": 8, "group": 32, "scale_dtype": "float8_e8m0fnu"}},
 }
 
@@ -56,15 +72,16 @@ def test_sixteen_bits_may_be_left_unsaid() -> None:
 
 
 NO_SCHEMES = ["", "4bit", "w4a16g128x", "w4g", "a8", "w4-asym-g128", "w4-f16", "W4A16", "w4a8-ae4m3", "mxfp4-anf4"]
+NO_INPUTS = ["w8-aint8-aint8", "w8-ae4m3asym", "w4-aint4g64asym", "w4-aint16"]
 
 
-@pytest.mark.parametrize("text", NO_SCHEMES)
+@pytest.mark.parametrize("text", NO_SCHEMES + NO_INPUTS)
 def test_a_text_that_is_no_scheme_is_refused_with_the_form(text: str) -> None:
     with pytest.raises(ValidationError, match=r"write w<bits>a<bits>"):
         Scheme.model_validate(text)
 
 
-@pytest.mark.parametrize("text", ["w0a16", "w9a16", "w4a16g4", "w4a2", "w4a16kv1"])
+@pytest.mark.parametrize("text", ["w0a16", "w9a16", "w4a16g4", "w4a1", "w4a16kv1", "w4-aint9", "w4-aint4g4"])
 def test_a_number_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="greater than or equal|less than or equal"):
         Scheme.model_validate(text)
@@ -87,6 +104,27 @@ def test_a_number_out_of_range_is_refused(text: str) -> None:
 def test_parts_that_contradict_each_other_are_refused(weights: dict[str, object], fault: str) -> None:
     with pytest.raises(ValidationError, match=fault):
         Scheme.model_validate({"weights": weights})
+
+
+@pytest.mark.parametrize(
+    ("activations", "fault"),
+    [
+        ({"format": "e4m3", "symmetric": False}, "zero points go with whole numbers"),
+        ({"format": "e2m1", "group": 32, "scale_dtype": "float8_e4m3fn"}, r"go with e2m1 in groups of 16 \(nvfp4\)"),
+        ({"bits": 8, "scale_dtype": "float8_e4m3fn"}, r"go with e2m1 in groups of 16 \(nvfp4\)"),
+        ({"format": "e4m3", "bits": 4}, "e4m3 has 8 bits, not 4"),
+        (
+            {"bits": 8, "group": 32, "threshold": 6.0},
+            "threshold goes with whole numbers that are symmetric and scaled per token",
+        ),
+        ({"bits": 8, "static": True, "threshold": 6.0}, "threshold goes with whole numbers"),
+        ({"format": "e4m3", "threshold": 6.0}, "threshold goes with whole numbers"),
+        ({"bits": 8, "symmetric": False, "threshold": 6.0}, "threshold goes with whole numbers"),
+    ],
+)
+def test_inputs_whose_parts_contradict_each_other_are_refused(activations: dict[str, object], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        Scheme.model_validate({"weights": {"bits": 8}, "activations": activations})
 
 
 @pytest.mark.parametrize("short", ["nf4", "mxfp4", "nvfp4", "e2m1g128"])

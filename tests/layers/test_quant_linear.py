@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qtool.formats.integer import Params
 from qtool.formats.low_rank import LowRank
-from qtool.formats.scheme import ACTIVATION_PRESETS, ActivationScheme, Scheme, WeightScheme
+from qtool.formats.scheme import ACTIVATION_PRESETS, ActivationScheme, Scheme, WeightScheme, input_fields
 from qtool.formats.tensor import quantize
 from qtool.layers.quant_linear import QuantLinear, snap_inputs
 
@@ -86,6 +87,45 @@ def test_activations_are_rounded_token_by_token(symmetric: bool) -> None:
             assert float((snapped[sample, token] - alone).abs().max()) <= step * (0.501 if symmetric else 1.001)
 
 
+def test_nvfp4_inputs_are_rounded_as_a_tensor_of_their_own_would_be() -> None:
+    """Each token has the float32 scale, and its groups the scales of eight bits, that weights [1, in] of its values have."""
+    scheme = ActivationScheme.model_validate(ACTIVATION_PRESETS["nvfp4"])
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-30, 1, 50, 7, 1e30, 0]).view(6, 1)
+    x[1, 16:32] = 0
+    weights = WeightScheme.model_validate({"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"})
+    expected = torch.cat([quantize(token.view(1, -1), weights).dequantize() for token in x])
+    assert torch.equal(snap_inputs(x, scheme), expected)
+    assert torch.equal(snap_inputs(x.view(2, 3, 64), scheme), expected.view(2, 3, 64))
+
+
+@pytest.mark.parametrize("word", sorted({*ACTIVATION_PRESETS, "int8asym", "int4g32", "int4asymg16", "int2asym", "e4m3g32"}))
+def test_permuting_tokens_permutes_the_rounded_ones(word: str) -> None:
+    fields, random = input_fields(f"a{word}"), torch.Generator().manual_seed(0)
+    scheme = ActivationScheme.model_validate(fields)
+    x = torch.randn(10, 64, generator=random) * torch.logspace(-3, 3, 10).view(10, 1)
+    order = torch.randperm(10, generator=random)
+    assert torch.equal(snap_inputs(x[order], scheme), snap_inputs(x, scheme)[order])
+
+
+@pytest.mark.parametrize("word", ["int2", "int3", "int5", "int7", "int2asym", "int4asym", "int8asym", "e4m3", "e5m2"])
+def test_every_level_of_an_input_format_is_one_of_its_grid(word: str) -> None:
+    """A token of all levels: its params encode each to a code of its own; the range's own params are off by half a step."""
+    scheme = ActivationScheme.model_validate(input_fields(f"a{word}"))
+    grid = scheme.grid
+    codes = torch.arange(grid.low, grid.high + 1).float()  # [codes]
+    params = Params(torch.tensor([0.25]), None if scheme.symmetric else torch.tensor([float(grid.n_levels // 3)]))
+    x = grid.decode(codes, params)
+    assert torch.equal(grid.snap(x, params), x) and len(x.unique()) == len(grid.levels(codes).unique())
+    room = float(grid.fit(x).scale) * 0.5001 if scheme.format == "int" else 0
+    assert float((snap_inputs(x, scheme) - x).abs().max()) <= room
+
+
+def test_sixteen_bit_inputs_take_the_plain_path() -> None:
+    plain = layer("w4a16g32")
+    assert plain.activations is None
+    assert torch.equal(plain(inputs()), torch.nn.functional.linear(inputs(), plain.qt.dequantize(), plain.bias))
+
+
 @pytest.mark.parametrize("word", ["e4m3", "e5m2", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8"])
 def test_float_and_block_activations_are_those_of_weights_in_the_same_format(word: str) -> None:
     """A matrix of tokens [tokens, in] is rounded as one of weights [out, in] is, with scales that nothing rounds."""
@@ -108,6 +148,18 @@ def test_products_of_whole_numbers_are_exact() -> None:
     expected = sums.double() * params.scale.squeeze(1).double() * W.scale.double().T
     found = rounded.double()(x).flatten(0, 1) - (0 if rounded.bias is None else rounded.bias.double())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("word", ["int8", "int4asym", "e4m3", "nvfp4", "int8t1"])
+def test_gradients_pass_the_rounding_of_inputs_as_if_there_were_none(word: str) -> None:
+    """Training a model with rounded inputs: the values are the rounded ones, to the bit."""
+    scheme = ActivationScheme.model_validate(input_fields(f"a{word}"))
+    x, plain = inputs().requires_grad_(True), inputs().requires_grad_(True)
+    rounded, exact = layer("w8a16", scheme), layer("w8a16")
+    assert torch.equal(rounded(x), rounded(inputs()))
+    rounded(x).sum().backward()
+    exact(plain).sum().backward()
+    assert x.grad is not None and plain.grad is not None and torch.equal(x.grad, plain.grad)
 
 
 def test_a_layer_with_an_activation_scheme_rounds_its_input_first() -> None:

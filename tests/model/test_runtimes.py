@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtool import registry
-from qtool.formats.scheme import ACTIVATION_PRESETS, Scheme
+from qtool.formats.scheme import Scheme, input_fields
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.kernel_limits import head_name
@@ -74,8 +74,7 @@ def test_what_is_said_to_run_is_among_the_checks_of_the_exports(export: str) -> 
 
 def inputs_of(word: str) -> dict[str, object] | None:
     """The activation scheme that the table calls so."""
-    plain = word.removesuffix("-asym")
-    return None if word == "none" else ACTIVATION_PRESETS[plain] | {"symmetric": plain == word}
+    return None if word == "none" else input_fields(f"a{word}")
 
 
 def spelled_out(served: ServedSchemes) -> Iterator[Scheme]:
@@ -178,7 +177,7 @@ def test_asymmetric_inputs_are_served_where_the_table_says_so(llama: ModelHandle
     schemes = dict.fromkeys(schemes_of(llama, others="w8a8"), scheme)
     refused = {entry.runtime: why for entry, why in servings("compressed_tensors", llama, schemes)}
     assert refused["vllm"] is None
-    assert "of rounded inputs it has int8-asym, must have int8" in str(refused["sglang"])
+    assert "of rounded inputs it has int8asym, must have int8" in str(refused["sglang"])
 
 
 def test_the_nearest_row_of_the_same_format_gives_the_reason(llama: ModelHandle) -> None:

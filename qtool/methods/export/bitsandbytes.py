@@ -7,7 +7,9 @@ groups and -dq may differ from linear to linear. Eight bits: w8a16, whole rows, 
 negative. One model holds four bits or eight, and linears left dense are listed in llm_int8_skip_modules.
 `lossless` speaks of the file alone. On CPUs with AVX512-BF16 bitsandbytes multiplies four-bit weights by scales in bfloat16,
 which those of qtool are but for float32 ones and -dq, and asks for outputs in multiples of 32. Its int8 kernels round
-activations to eight bits too, one scale a token, all but inputs beyond llm_int8_threshold 6.0, its default.
+activations to eight bits too, one scale a token, all but channels from llm_int8_threshold on: 6.0, its default, of w8a16, and
+their own of schemes that say so, such as w8-aint8t6 (LLM.int8), which all linears of a model must share. qtool_inputs in the
+config, which transformers passes over, tells qtool's reader that they do.
 Source: bitsandbytes 0.50, https://github.com/bitsandbytes-foundation/bitsandbytes; Dettmers et al. 2023, arXiv:2305.14314
 (NF4); Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8).
 For: transformers with bitsandbytes, and QLoRA training on top of better rounding than its own.
@@ -65,8 +67,7 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Bitsa
     first = next(iter(schemes))
     for name, scheme in schemes.items():
         where = f"{WHERE}: {name}: {scheme}"
-        if scheme.activations is not None or scheme.kv is not None:
-            raise QtoolError(f"{where}: this export holds weights alone; quantize to {scheme.weights}")
+        _check_inputs(where, scheme, schemes[first])
         _check_weights(where, scheme.weights)
         kind = type(model.model.get_submodule(name))
         if issubclass(kind, nn.Linear) and kind is not nn.Linear:
@@ -79,6 +80,18 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Bitsa
                 f"{WHERE}: {first} is {schemes[first]}, {name} is {scheme}, but a model is loaded in four bits or in eight; "
                 "use one, or export/safetensors"
             )
+
+
+def _check_inputs(where: str, scheme: Scheme, first: Scheme) -> None:
+    inputs = scheme.activations
+    is_llm_int8 = inputs is not None and inputs.threshold is not None and (inputs.bits, scheme.weights.bits) == (8, 8)
+    if (inputs is not None and not is_llm_int8) or scheme.kv is not None:
+        or_so = ", or by quantize/llm_int8" if scheme.weights == WeightScheme(bits=8) else ""
+        raise QtoolError(f"{where}: this export holds weights alone; quantize to {scheme.weights}{or_so}")
+    if inputs is not None and inputs.threshold == 0:
+        raise QtoolError(f"{where}: bitsandbytes takes a threshold of 0 for none; quantize to w8a16, or to a threshold above 0")
+    if inputs != first.activations:
+        raise QtoolError(f"{where}: other linears are {first}, but a model has one llm_int8_threshold; use one scheme")
 
 
 def _check_weights(where: str, weights: WeightScheme) -> None:
@@ -107,7 +120,10 @@ def quantization_config(model: ModelHandle, schemes: dict[str, Scheme]) -> dict[
         "llm_int8_skip_modules": dense_linears(model, schemes),
     }
     if is_rows:
-        return config | {"llm_int8_threshold": THRESHOLD, "llm_int8_has_fp16_weight": False}
+        inputs = next(iter(schemes.values())).activations
+        threshold = THRESHOLD if inputs is None else inputs.threshold
+        said = {} if inputs is None else {"qtool_inputs": str(inputs)}
+        return config | {"llm_int8_threshold": threshold, "llm_int8_has_fp16_weight": False} | said
     return config | {
         "bnb_4bit_quant_type": TYPES[weights.format],
         "bnb_4bit_use_double_quant": weights.double_quant,

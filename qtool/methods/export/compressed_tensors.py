@@ -17,6 +17,8 @@ dtype of the scales, here the model's:
   its global scale, FP8 by group not at all. Other experts are refused before any file is written. MXFP4's multiply in
   bfloat16, whatever the model is in.
 
+Static scales of inputs are stored beside the weights, those of NVFP4 inputs, which serve all linears that read them, likewise
+as reciprocals. NVFP4 inputs that find their float32 scale at run time have no place here.
 NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. The library divides by that where qtool multiplies:
 where it is no power of two, as other tools choose it, a weight on the border of two bfloat16 numbers may become the other
 one, and the export is not called lossless.
@@ -72,7 +74,7 @@ def encoder(model: ModelHandle, schemes: dict[str, Scheme], must_decode: bool) -
         for index, part in enumerate(stored):
             rows = layer.qt.rows(index * n_out, (index + 1) * n_out)
             try:
-                tensors = pack(rows, schemes[name])
+                tensors = pack(rows, schemes[name], layer.inputs)
             except QtoolError as error:
                 raise QtoolError(f"{WHERE}: {part}: {error}") from error
             if has_plain_scales(layer.scheme) and (must_decode or EXPERT.fullmatch(name)):
@@ -113,7 +115,7 @@ def check_schemes(model: ModelHandle, schemes: dict[str, Scheme], options: Compr
         if scheme.activations is not None and activation_arguments(scheme.activations) is None:
             raise QtoolError(
                 f"{WHERE}: {name}: {scheme}: this export can say of inputs that they are whole numbers or e4m3, scaled per "
-                "token, mxfp4 or mxfp8_e4m3; quantize so, or use export/qtool"
+                "token or static, mxfp4, mxfp8_e4m3, or nvfp4 after quantize/inputs; quantize so, or use export/qtool"
             )
         if scheme.kv is not None:
             raise QtoolError(f"{WHERE}: {name}: {scheme}: write quantize/kv_cache as a step, and leave kv{scheme.kv.bits} out")

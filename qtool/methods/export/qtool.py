@@ -2,6 +2,7 @@
 
     NAME.weight::codes [out, words] int32, packed    NAME.weight::scale    NAME.weight::zero    NAME.weight::second ...
     NAME.low_rank::left [out, rank]    NAME.low_rank::right [rank, in]    NAME.low_rank::scale [rank]
+    NAME.inputs::scale [1]    NAME.inputs::zero [1], of inputs with static scales
     NAME.weight::facts [bytes] uint8, JSON: schemes, numbers of the tensor, and dtype and shape of each of its parts
 The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
 column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
@@ -37,14 +38,16 @@ def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOption
     cache = model.cache()
     rounding = model.rounding()
     held = {name: one.model_dump() for name, one in (("cache", cache), ("attention", rounding)) if one is not None}
-    return Storage(encoder(schemes), {"quant_method": "qtool", "version": VERSION if held else 1, **held})
+    is_static = any(scheme.activations is not None and scheme.activations.static for scheme in schemes.values())
+    version = VERSION if is_static else 2 if held else 1  # the least that holds it
+    return Storage(encoder(schemes), {"quant_method": "qtool", "version": version, **held})
 
 
 def encoder(schemes: dict[str, Scheme]) -> Encode:
     """Of a linear to all its tensors; nothing is lost."""
 
     def encode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
-        return pack_linear(name, layer.qt, schemes[name], layer.low_rank), True
+        return pack_linear(name, layer.qt, schemes[name], layer.low_rank, layer.inputs), True
 
     return encode
 

@@ -7,8 +7,10 @@ and, where the layout has low-rank factors beside the codes, a third:
     read_low_rank(checkpoint, name, config) -> LowRank | None     of a quantized linear; None where it has none
 and where it can have a quantized key/value cache, a fourth:
     read_cache(checkpoint, name, config) -> CacheScales | KiviScheme | None    of the attention `name`; None: as it was
-and where attentions can round between their linears, a fifth:
+where attentions can round between their linears, a fifth:
     read_rounding(config) -> AttentionRounding | None             what they round, all alike
+and where inputs can be rounded by static scales, a sixth:
+    read_inputs(checkpoint, name, config) -> InputScales | None   of a quantized linear; None where its scheme has none
 config is the quantization_config of config.json.
 """
 
@@ -21,6 +23,7 @@ import torch
 
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
+from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
@@ -57,6 +60,15 @@ def no_rounding(config: dict[str, Any]) -> AttentionRounding | None:
     return None
 
 
+class ReadInputs(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None: ...
+
+
+def no_inputs(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None:
+    """What layouts without static scales have of them."""
+    return None
+
+
 def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
     """What layouts of weights alone have of a quantized cache."""
     return None
@@ -76,6 +88,7 @@ class Reader:
     read_low_rank: ReadLowRank = no_low_rank
     read_cache: ReadCache = no_cache
     read_rounding: ReadRounding = no_rounding
+    read_inputs: ReadInputs = no_inputs
 
 
 def reader_of(config: dict[str, Any]) -> Reader:

@@ -4,7 +4,8 @@
 See qtool/formats/bnb_layouts.py. The tensors of each linear say how it is stored; of quantization_config only the storage
 counts. Scales come as float32, in which the file has them. Of double quantization, only the table that qtool writes is known
 as such; scales by bitsandbytes' own table are read as what they decode to.
-Int8 weights are read with dense activations: LLM.int8 rounds those too, all but the largest, which no scheme here says.
+Int8 weights are read with inputs as they are, though LLM.int8 rounds those too, all but the largest; but where qtool_inputs in
+quantization_config tells that qtool has rounded them so, they are.
 Source: bitsandbytes 0.50, functional.py and nn/modules.py; transformers 5.23, quantizers/quantizer_bnb_4bit.py and _8bit.py.
 """
 
@@ -21,7 +22,7 @@ from qtool.formats.bnb_layouts import (
     unpack_blocks,
     unpack_rows,
 )
-from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.formats.scheme import ActivationScheme, Scheme, WeightScheme, input_fields
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.readers import read_parts
@@ -36,7 +37,9 @@ def read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Sc
             return Scheme(weights=scheme_of_blocks(parts))
     except QtoolError as error:
         raise QtoolError(f"model: {name}: {error}") from error
-    return Scheme(weights=WeightScheme(bits=8, scale_dtype="float32")) if "SCB" in parts else None
+    if "SCB" not in parts:
+        return None
+    return Scheme(weights=WeightScheme(bits=8, scale_dtype="float32"), activations=_inputs(config))
 
 
 def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tuple[QuantizedTensor, Scheme] | None:
@@ -50,6 +53,20 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
         return (unpack_rows if is_rows else unpack_blocks)(parts), scheme
     except QtoolError as error:
         raise QtoolError(f"model: {name}: {error}") from error
+
+
+def _inputs(config: dict[str, Any]) -> ActivationScheme | None:
+    """How inputs were rounded when qtool wrote it; raises QtoolError where that contradicts what bitsandbytes reads."""
+    word = config.get("qtool_inputs")
+    if word is None:
+        return None
+    fields = input_fields(f"a{word}")
+    if fields is None or fields.get("threshold") != config.get("llm_int8_threshold"):
+        raise QtoolError(
+            f"model: config.json's quantization_config: qtool_inputs is {word}, llm_int8_threshold "
+            f"{config.get('llm_int8_threshold')}; they must agree: export it again"
+        )
+    return ActivationScheme.model_validate(fields)
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Reads linears in compressed-tensors' layouts, so that exports are judged by their own bytes.
 
 The layouts stand in qtool/formats/compressed_layouts.py. What is read: whole numbers by group or row, NVFP4, MXFP4, MXFP8, and
-FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); activations rounded at run time;
+FP8 (E4M3) by group, row or tensor (one scale of a tensor is read as one for each row); activations rounded at run time, or by
+static scales of a tensor;
 key/value caches with one static scale for keys and one for values of a block.
 The linears of a mixture's experts stand one by one, gate and up apart, under the names of its dense checkpoints.
 Source: compressed-tensors 0.20, quantization/quant_args.py and compressors.
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
-from qtool.formats.compressed_layouts import PARTS, activation_scheme, unpack
+from qtool.formats.compressed_layouts import INPUT_PARTS, PARTS, activation_scheme, unpack, unpack_inputs
+from qtool.formats.inputs import InputScales
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
@@ -46,6 +48,19 @@ def read_linear(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> tu
     if any(part.of_tensor != of_tensor for part in parts):
         raise QtoolError(f"model: {name}: gate and up of one expert have a weight_global_scale each, which qtool cannot hold")
     return QuantizedTensor(codes, scale, zero, scheme.weights, of_tensor), scheme
+
+
+def read_inputs(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None:
+    """The static scales of the inputs of the linear `name`; None where its scheme has none."""
+    scheme = read_scheme(checkpoint, name, config)
+    if scheme is None or scheme.activations is None or not scheme.activations.static:
+        return None
+    owner = checkpoint.stored_as(name)[0]
+    found = checkpoint.read([f"{owner}.{part}" for part in INPUT_PARTS], None)
+    try:
+        return unpack_inputs({key.rsplit(".", 1)[-1]: tensor for key, tensor in found}, scheme.activations)
+    except QtoolError as error:
+        raise QtoolError(f"model: {name}: {error}") from error
 
 
 def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
@@ -99,8 +114,8 @@ def _read_scheme(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> S
     if activations and inputs is None:
         raise QtoolError(
             f"model: {name}: activations of {activations.get('type')} {activations.get('num_bits')} bits by "
-            f"{activations.get('strategy')} cannot be read; int and float of 8 bits per token, and MX ones, can where they are "
-            "dynamic"
+            f"{activations.get('strategy')} cannot be read; int and float of 8 bits, per token dynamic or per tensor static, "
+            "dynamic MX ones and NVFP4 can"
         )
     if group.get("output_activations"):
         raise QtoolError(f"model: {name}: quantized outputs (output_activations) cannot be read, quantized inputs can")

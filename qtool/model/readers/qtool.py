@@ -12,13 +12,14 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
+from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
-from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank
+from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_inputs, unpack_linear, unpack_low_rank
 from qtool.model.readers import scales_of_cache
 from qtool.model.store import cache_scheme
 
@@ -39,6 +40,12 @@ def read_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> 
     """The low-rank factors of the linear `name`; None where it has none."""
     stored = _read(checkpoint, name, config)
     return None if stored is None else unpack_low_rank(stored, _tensors_of(checkpoint))
+
+
+def read_inputs(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputScales | None:
+    """The static scales of the inputs of the linear `name`; None where its scheme has none."""
+    stored = _read(checkpoint, name, config)
+    return None if stored is None else unpack_inputs(stored, _tensors_of(checkpoint))
 
 
 def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | KiviScheme | None:

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qtool.artifact import Artifact
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.inputs import InputScales
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
+from qtool.model.store import INPUTS, load_changes, save_changes
 from qtool.options import ModelOptions
 
 SIZES = {
@@ -80,6 +82,30 @@ def reload(windows: torch.Tensor) -> Callable[[Path], torch.Tensor]:
             return model.eval()(windows).logits
 
     return run
+
+
+@pytest.fixture
+def static() -> Callable[[ModelHandle], ModelHandle]:
+    """`static(model)`: the same with static scales for all inputs that it rounds, some of which they clip."""
+
+    def give(model: ModelHandle) -> ModelHandle:
+        for path in model.changes[-1].glob("*.safetensors"):
+            changes = load_changes(path)
+            for number, (name, value) in enumerate(list(changes.items())):
+                if not isinstance(value, tuple) or (rounding := value[1].activations) is None:
+                    continue
+                scheme = rounding.model_copy(update={"static": True})
+                scale = torch.tensor([(2.0 + number) / scheme.grid.largest], dtype=model.dtype)
+                if scheme.scale_dtype == "float8_e4m3fn":
+                    scale = 1 / torch.tensor([500.0 + number])
+                zero = None if scheme.symmetric else torch.tensor([scheme.grid.high // 3], dtype=torch.uint8)
+                after = value[1].model_copy(update={"activations": scheme})
+                changes |= {name: (value[0], after)}
+                changes |= {f"{name.removesuffix('.weight')}{INPUTS}": InputScales(scheme, scale, zero)}
+            save_changes(path, changes)
+        return ModelHandle(model.options, model.changes)
+
+    return give
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_row_scales_that_lose_a_bit_by_127_are_reported(export: Export, tiny_mod
         ("llama", {}, "export/bitsandbytes: no linear is quantized; put a quantize step before it"),
         ("llama", "w4a16g64", r"q_proj: w4a16g64: bitsandbytes has nf4, fp4_bnb and int of 8 bits; quantize so"),
         ("llama", "nvfp4", "bitsandbytes has nf4, fp4_bnb and int of 8 bits"),
-        ("llama", "w8a8", r"q_proj: w8a8: this export holds weights alone; quantize to w8$"),
+        ("llama", "w8a8", r"q_proj: w8a8: this export holds weights alone; quantize to w8, or by quantize/llm_int8"),
         ("llama", {"weights": {"format": "nf4", "group": 64}, "kv": {"bits": 8}}, "weights alone; quantize to nf4g64"),
         ("llama", "w8a16g64", r"its 8 bits have one plain scale for each row; quantize to w8a16, or use export/gptq"),
         ("llama", "w8a16-dq", r"its 8 bits have one plain scale for each row"),

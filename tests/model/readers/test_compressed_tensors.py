@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from qtool.artifact import Artifact
 from qtool.errors import QtoolError
+from qtool.formats.compressed_layouts import unpack_inputs
 from qtool.formats.integer import IntegerGrid
 from qtool.formats.packing import pack_int32, unpack_int32
-from qtool.formats.scheme import WeightScheme
+from qtool.formats.scheme import ActivationScheme, WeightScheme
 from qtool.formats.tensor import to_groups
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import ModelHandle
@@ -108,6 +109,9 @@ def floats_by_the_library(folder: Path, out: Path, groups: dict[str, Any]) -> di
             module.weight_global_scale.data = shared
         scale, _ = calculate_qparams(low, high, weights, global_scale=shared)
         module.weight_scale.data = scale.to(module.weight_scale.dtype)
+        for part, value in (("input_scale", 0.0625), ("input_global_scale", 300.0)):  # of inputs that are static
+            if hasattr(module, part):
+                getattr(module, part).data.fill_(value)
         module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -163,11 +167,33 @@ def test_float_activations_are_read(name: str, word: str, tiny_model: Callable[.
     assert isinstance(layer, QuantLinear) and str(layer.activations) == word
 
 
-@pytest.mark.parametrize(("name", "what"), [("NVFP4", "float 4 bits by tensor_group"), ("FP8", "float 8 bits by tensor")])
-def test_static_activations_are_refused(name: str, what: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "word", "scale"), [("NVFP4", "nvfp4static", 1 / 300), ("FP8", "e4m3static", 0.0625)])
+def test_static_activations_are_read(
+    name: str, word: str, scale: float, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     floats_by_the_library(tiny_model("llama", dtype="bfloat16"), tmp_path / "out", {"g": preset(name, "Linear")})
-    with pytest.raises(QtoolError, match=f"q_proj: activations of {what} cannot be read"):
-        ModelHandle(ModelOptions(path=str(tmp_path / "out"))).block(0)
+    layer = ModelHandle(ModelOptions(path=str(tmp_path / "out"))).block(0).get("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, QuantLinear) and layer.inputs is not None
+    assert str(layer.inputs.scheme) == word and float(layer.inputs.scale) == pytest.approx(scale, rel=1e-6)
+
+
+def test_static_scales_that_contradict_the_config_are_refused(packed: Path, change_config: ChangeFile) -> None:
+    group = {"input_activations": ACTIVATIONS | {"strategy": "tensor", "dynamic": False}}
+    model = change_config(packed, lambda c: c["config_groups"]["group_0"].update(group))
+    with pytest.raises(QtoolError, match=r"q_proj: input_scale must be one positive number, not \[\]; calibrate it again"):
+        model.block(0)
+    scheme = ActivationScheme(bits=8, symmetric=False, static=True)
+    for parts, message in (
+        ({"input_scale": torch.zeros(1)}, r"input_scale must be one positive number, not \[0.0\]"),
+        ({"input_scale": torch.ones(1)}, "input_zero_point must be one number in int8"),
+        ({"input_scale": torch.ones(1), "input_zero_point": torch.ones(1)}, "input_zero_point must be one number in int8"),
+    ):
+        with pytest.raises(QtoolError, match=message):
+            unpack_inputs(parts, scheme)
+    with pytest.raises(QtoolError, match=r"input_zero_point is \[3\], but inputs have no zero points"):
+        unpack_inputs(
+            {"input_scale": torch.ones(1), "input_zero_point": torch.tensor([3])}, ActivationScheme(bits=8, static=True)
+        )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -229,7 +255,7 @@ def test_what_it_cannot_decode_is_refused(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"num_bits": 16}, {"num_bits": 3}]
+    "wrong", [{"dynamic": False}, {"dynamic": "local"}, {"strategy": "tensor"}, {"num_bits": 16}, {"num_bits": 1}]
 )
 def test_activations_that_it_would_round_otherwise_are_refused(
     wrong: dict[str, Any], packed: Path, change_config: ChangeFile

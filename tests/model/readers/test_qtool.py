@@ -82,8 +82,8 @@ def test_what_is_damaged_is_refused(change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (3, "a newer qtool wrote version 3, this one reads up to 2; update qtool"),
-        (None, "version is None, must be a whole number from 1 to 2; export the model again"),
+        (4, "a newer qtool wrote version 4, this one reads up to 3; update qtool"),
+        (None, "version is None, must be a whole number from 1 to 3; export the model again"),
         (0, "version is 0, must be a whole number"),
     ],
 )
