@@ -45,7 +45,10 @@ EXPORT_SCHEMES = ("w4a16g32",)
 
 def sample_options(method: Method, **stated: object) -> Options:
     """Options of a method that make it cheap, but for those stated; defaults elsewhere."""
-    chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in method.options.model_fields}
+    fields = method.options.model_fields
+    chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in fields}
+    if "scheme" in chosen and not fields["scheme"].is_required():
+        del chosen["scheme"]  # it goes with another choice than the default
     return method.options.model_validate(chosen | stated)
 
 
