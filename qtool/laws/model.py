@@ -150,7 +150,7 @@ def the_blocks_error_is_no_worse_than_roundings(method: Method) -> None:
 def transform_first_block(method: Method, folder: Path) -> tuple[Block, Tensor, Edits]:
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
     hidden = model.embed(sample_tokens())
-    block, options = model.block(0), sample_options(method)
+    block, options = model.block(0), sample_options(method, **({"scheme": method.schemes[0]} if method.schemes else {}))
     scalings, needs = find_scalings(block, hidden[:1]), method.needed(options)
     edits: Edits
     if "inputs" in needs:

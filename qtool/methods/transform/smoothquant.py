@@ -25,8 +25,7 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.scheme import Scheme
-from qtool.formats.tensor import quantize
-from qtool.layers.quant_linear import snap_inputs
+from qtool.layers.trial_rounding import output_loss
 from qtool.model.handle import Block
 from qtool.model.wiring import Edits, Scaling, edited_weight, largest_per_source, scale_edits
 from qtool.options import Needs, Options
@@ -97,13 +96,6 @@ def candidates(x_max: Tensor, w_max: Tensor) -> Iterator[Tensor]:
     yield torch.ones_like(x_max)
     for step in range(STEPS + 1):
         yield smooth(x_max, w_max, step / STEPS)
-
-
-def output_loss(X: Tensor, weights: list[Tensor], Y: list[Tensor], s: Tensor, scheme: Scheme) -> float:
-    """L(s) of inputs X [tokens, in], weights [out, in] and outputs Y [tokens, out] of each linear, under the scale s [in]."""
-    x = X / s if scheme.activations is None else snap_inputs(X / s, scheme.activations)  # [tokens, in]
-    rounded = [quantize(W * s, scheme.weights).dequantize() for W in weights]
-    return sum(float(torch.addmm(y, x, Q.T, beta=-1).square().sum()) for Q, y in zip(rounded, Y, strict=True))
 
 
 def needs(options: SmoothQuantOptions) -> Needs:
