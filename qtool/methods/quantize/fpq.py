@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtool.calibration.statistics import LayerStats
+from qtool.calibration.statistics import SAMPLE, LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.codebook import splits
 from qtool.formats.integer import Params
@@ -124,6 +124,12 @@ def check(model: object, options: FpqOptions) -> None:
             check_floats(scheme)
 
 
+def operations(options: FpqOptions, out: int, columns: int) -> float:
+    """Of one linear: what each rounding of inputs takes, and two turns of trial roundings, each in three formats."""
+    group = options.scheme.weights.group if isinstance(options.scheme, Scheme) else None
+    return 3 * 2.0 * SAMPLE * columns * (2 * out + columns) + 2 * 3 * len(SHARES) * 2.0 * out * columns * (group or columns)
+
+
 METHOD = Method(
     run=fpq,
     options=FpqOptions,
@@ -134,4 +140,5 @@ METHOD = Method(
     chooses=("format",),
     chooses_inputs=True,
     adds="formats chosen by linear",
+    operations=operations,
 )
