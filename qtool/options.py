@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAda
 
 from qtool.errors import QtoolError
 
-Statistic = Literal["amax", "mean_abs", "hessian", "drift", "inputs", "output_hessian"]
+Statistic = Literal["amax", "mean_abs", "hessian", "drift", "inputs", "sample", "output_hessian"]
 Needs = tuple[Statistic, ...]  # the statistics of a linear that a method reads, of its input but for output_hessian
 
 

@@ -55,8 +55,9 @@ class Method:
     # a quantizer of inputs: where it has no scales for them
     storage: Callable[..., Any] | None = None  # an export of single linears: from what holds takes to a writer.Storage
     size: Callable[..., int] | None = None  # another export: from what holds takes to the bytes of the folder it will write
-    schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
+    schemes: tuple[str, ...] = ()  # a transform, quantizer or export that takes few schemes: some of them, for the laws
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
+    chooses_inputs: bool = False  # a quantizer of linears that takes the whole scheme and returns that of inputs too
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
     adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
@@ -74,6 +75,15 @@ class Method:
             self.holds(model, model.schemes(), options)
         is_lossless: bool = self.run(model, out, options)
         return describe_folder(self.key.removeprefix("export/"), out, is_lossless)
+
+    def asked_of(self, scheme: Any) -> Any:
+        """What a quantizer of scope linear takes of a Scheme."""
+        return scheme if self.chooses_inputs else scheme.weights
+
+    def found_by(self, result: Any, scheme: Any) -> tuple[Any, Any]:
+        """The quantized tensor that such a quantizer returned, and the Scheme that it chose where `scheme` was asked for."""
+        tensor, activations = result if self.chooses_inputs else (result, scheme.activations)
+        return tensor, scheme.model_copy(update={"weights": tensor.scheme, "activations": activations})
 
     def needed(self, options: Options) -> Needs:
         """The statistics that a run with these options takes."""

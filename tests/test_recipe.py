@@ -74,7 +74,7 @@ gates:
     assert caught.value.problems == [
         f'{path}:2: there is no "sed"; did you mean "seed"?',
         f'{path}:4: calibrate/text: there is no "lenght"; did you mean "length"?',
-        f"{path}:5: transform/smoothquant: alpha is 1.5; valid: number >= 0 and <= 1",
+        f"{path}:5: transform/smoothquant: alpha is 1.5; valid: number >= 0 and <= 1 or search",
         f'{path}:8: quantize/gptq: act_order is "dynamic"; valid: none, static, group',
         f'{path}:9: there is no method "quantize/gtpq"; did you mean "quantize/gptq"?',
         f'{path}:12: gates.perplexity: there is no "max_increas"; did you mean "max_increase"?',
@@ -254,7 +254,7 @@ def test_a_step_without_options_may_be_null_or_empty() -> None:
 def test_numbers_with_an_exponent_and_words_with_colons_mean_what_they_look_like() -> None:
     text = GOOD.replace("{alpha: 0.5}", "{alpha: 1e-1}")
     loaded = parse(text, "r.yaml", ["model.revision=2024-01-01"])
-    assert loaded.steps[1].options.model_dump() == {"alpha": 0.1}
+    assert loaded.steps[1].options.model_dump() == {"alpha": 0.1, "scheme": None}
     assert loaded.model.revision == "2024-01-01"
     assert parse(text, "r.yaml", ["model.revision=2:4"]).model.revision == "2:4"
 
@@ -302,7 +302,7 @@ def test_a_default_pattern_need_not_match_even_when_the_resolved_recipe_spells_i
 
 def test_an_override_names_a_step_by_kind_and_method_or_by_its_number_from_1() -> None:
     for path in ("pipeline.transform/smoothquant.alpha", "pipeline.2.alpha"):
-        assert parse(GOOD, "r.yaml", [f"{path}=0.7"]).steps[1].options.model_dump() == {"alpha": 0.7}
+        assert parse(GOOD, "r.yaml", [f"{path}=0.7"]).steps[1].options.model_dump() == {"alpha": 0.7, "scheme": None}
 
 
 def test_overrides_reach_model_seed_gates_and_options_that_the_file_leaves_out() -> None:

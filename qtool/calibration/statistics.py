@@ -3,7 +3,8 @@
     H = mean over tokens of x xᵀ  [in, in]     amax_j = max |x_j|     mean_abs_j = mean |x_j|     x [tokens, in]
     D = mean over tokens of (x° - x) xᵀ  [in, in], the drift from x°, what the original model has in x's place
     Hₒ = mean over tokens of g gᵀ  [out, out], g the gradient of log p(y) by the linear's output, see pipeline/curvature.py
-All in float32; x is seen once and forgotten, except where a method needs the inputs themselves.
+All in float32; x is seen once and forgotten, except where a method needs the inputs themselves, all or a sample of them:
+of tokens drawn by a seed of its own, so that long texts cost no more memory than short ones.
 H is symmetric: of each strip of columns only the part on and below the diagonal is summed, the rest is its mirror image.
 Why not the bfloat16 units of a CPU, twice as fast: they round each product's sum to bfloat16, and from few tokens H, which
 has no full rank then, comes out further from positive definite than damping bridges.
@@ -20,6 +21,7 @@ from qtool.options import Needs
 STRIP = 128  # narrowest strip of columns whose matrix product still runs at full speed
 N_STRIPS = 8  # most strips: 8 do 9/16 of the whole product's work
 CHUNK = 512  # tokens taken in at once on a CPU: few enough to stay in its cache
+SAMPLE = 2048  # most tokens of a sample
 
 
 class LayerStats:
@@ -34,6 +36,9 @@ class LayerStats:
         self._is_whole = True
         self._drift = torch.zeros(n_features, n_features, device=device) if "drift" in needs else None
         self._inputs: list[Tensor] = []
+        self._sample = torch.zeros(0, n_features, device=device)
+        self._draws = torch.zeros(0)  # one number for each token of the sample; those with the least of all stay
+        self._random = torch.Generator().manual_seed(0)
         self._output_hessian: Tensor | None = None
 
     def update(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -41,6 +46,8 @@ class LayerStats:
         if "inputs" in self._needs:
             self._inputs.append(x.detach())
         rows = x.detach().reshape(-1, x.shape[-1]).to(self._amax.device)  # [tokens, in]
+        if "sample" in self._needs:
+            self._draw(rows)
         if self._drift is not None and (original is None or original.shape != x.shape):
             self._drift = None  # a mixture's router may send other tokens here than in the original
         originals = rows if self._drift is None or original is None else original.detach().reshape(rows.shape).to(rows.device)
@@ -65,6 +72,14 @@ class LayerStats:
                 lower.addmm_(wide[:, start:].T, wide[:, start:stop], beta=1 - share, alpha=share / len(x))
         if self._drift is not None:
             self._drift.addmm_((original.float() - wide).T, wide, beta=1 - share, alpha=share / len(x))  # [in, in]
+
+    def _draw(self, x: Tensor) -> None:
+        """Let x [tokens, in] take part in the sample: all tokens seen so far have the same chance."""
+        draws = torch.cat([self._draws, torch.rand(len(x), generator=self._random)])
+        kept = draws.argsort(stable=True)[:SAMPLE].sort().values
+        place, n = kept.to(x.device), len(self._sample)
+        self._sample = torch.cat([self._sample[place[place < n]], x[place[place >= n] - n].float()])
+        self._draws = draws[kept]
 
     def _strips(self) -> list[tuple[int, int]]:
         """First and last + 1 column of each strip of H."""
@@ -117,3 +132,8 @@ class LayerStats:
         """Every batch as it came, [samples, length, in] each."""
         assert "inputs" in self._needs, "inputs() of statistics gathered without them"
         return self._inputs
+
+    def sample(self) -> Tensor:
+        """Tokens of the input as they came, each with the same chance, [tokens, in], at most SAMPLE."""
+        assert "sample" in self._needs, "sample() of statistics gathered without it"
+        return self._sample

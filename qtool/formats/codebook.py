@@ -7,7 +7,8 @@ Of binary and ternary weights the scale is the mean |w|, as few levels clip most
 Power grids (format power) have levels sign(k) (|k| / m)^(1/a), k = -m .. m, m = 2^(bits-1) - 1, with an exponent a of each
 tensor's own: that of least squared error over all of it, found by golden-section search.
 Source: OCP Microscaling Formats 1.0, section 5.3 (E2M1, E2M3, E3M2, E4M3, E5M2); Dettmers et al. 2023, arXiv:2305.14314,
-appendix E (NF4); bitsandbytes (its FP4); ggml (IQ4_NL). E3M0 is the same construction without mantissa bits. Zhou et al. 2024,
+appendix E (NF4); bitsandbytes (its FP4); ggml (IQ4_NL). E3M0 and E1M2 are
+the same construction with another split; E1M2 is evenly spaced. Zhou et al. 2024,
 arXiv:2408.08554 (ABQ-LLM), section 3.3 (w2star, five levels); Ma et al. 2024, arXiv:2402.17764 (ternary by mean |w|);
 Yvinec et al. 2023, arXiv:2301.09858 (PowerQuant); arXiv:2506.00486 (RF8: a number's first two binary digits; its layout is
 not published, this one is ours). Differs: a power grid's codes are those of the nearest level, not of the
@@ -15,6 +16,7 @@ nearest power, and each tensor has an exponent of its own.
 Why ties to even codes: neighbours differ in their lowest bit, which for floating formats is the mantissa's.
 """
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -35,6 +37,17 @@ def floating(exponent: int, mantissa: int, bias: int, n_finite: int | None = Non
         magnitudes.append(significand * 2.0 ** (max(power, 1) - bias))
     finite = magnitudes[:n_finite] + [magnitudes[(n_finite or n_codes) - 1]] * (n_codes - (n_finite or n_codes))
     return (*finite, *(-value for value in finite))
+
+
+def exponent_bits(format: str) -> int:
+    """Of a float by its name, such as e2m1."""
+    return int(format[1])
+
+
+def splits(format: str) -> tuple[str, ...]:
+    """Floats by exponent and mantissa bits that have as many bits as `format`, itself among them; none where it is no such."""
+    named = [name for name in LEVELS if re.fullmatch(r"e\dm\d", name)]
+    return tuple(name for name in named if len(LEVELS[name]) == len(LEVELS[format])) if format in named else ()
 
 
 def two_powers() -> tuple[float, ...]:
@@ -59,6 +72,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "fp4_bnb": (*BNB_FP4, *(-value for value in BNB_FP4)),
     "e2m1": floating(2, 1, bias=1),
     "e3m0": floating(3, 0, bias=3),
+    "e1m2": floating(1, 2, bias=1),
     "e2m3": floating(2, 3, bias=1),
     "e3m2": floating(3, 2, bias=3),
     "e4m3": floating(4, 3, bias=7, n_finite=127),

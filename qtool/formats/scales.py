@@ -4,15 +4,13 @@
     float8_e4m3fn                 scale = s_t · nearest(amax / (largest s_t)),  s_t = 2^ceil(log2(amax of all / (224 largest)))
     float8_e8m0fnu                scale = 2^(floor(log2 amax) - floor(log2 largest)),  a power of two
     amax [..., 1] largest magnitude of a group    largest: that of the grid's levels    s_t: one float32 per tensor
-Of inputs that are rounded at run time s_t is one of each token, amax of the token / (448 largest).
+Inputs that are rounded at run time have an s_t for each token.
 Source: OCP Microscaling Formats 1.0, section 6.3 (powers of two); NVFP4 as in NVIDIA's TensorRT Model Optimizer, where s_t is
 amax of all / (448 largest).
-Why s_t of weights is a power of two here: E4M3 is a float, so that its numbers are as fine at half their range; twice the range
+Why s_t is a power of two here: E4M3 is a float, so that its numbers are as fine at half their range; twice the range
 is left for groups whose best range is wider than the full one; runtimes that want one s_t for several tensors get it without
 any scale being rounded again; and its reciprocal, which compressed-tensors stores, is exact.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -27,23 +25,23 @@ SCALE_DTYPES = {
 BLOCK = 256  # scales that share a step where they are quantized themselves
 E4M3_LARGEST = 448.0
 E4M3_SMALLEST = 2.0**-9
-FLOAT32_LARGEST = torch.finfo(torch.float32).max
-SMALLEST_EXPONENT = -126  # of s_t, whose reciprocal is a float32 too
 
 
 def tensor_scale(w: Tensor, largest: float, dtype: str) -> float:
     """s_t of a whole tensor w; 1 where scales are stored alone, or the tensor is zero."""
-    amax = float(w.abs().amax()) if dtype == "float8_e4m3fn" and w.numel() else 0.0
-    if amax == 0:
-        return 1.0
-    mantissa, exponent = math.frexp(2 * amax / (E4M3_LARGEST * largest))  # 1/2 <= mantissa < 1
-    return 2.0 ** max(exponent - (mantissa == 0.5), SMALLEST_EXPONENT)
+    return float(_power_above(w.abs().amax(), largest)) if dtype == "float8_e4m3fn" and w.numel() else 1.0
 
 
 def token_scale(x: Tensor, largest: float) -> Tensor:
     """s_t [..., 1] of each token of x [..., in], as of a tensor of its own."""
-    amax = x.abs().amax(-1, keepdim=True)
-    return torch.where(amax > 0, 1 / (E4M3_LARGEST * largest / amax).clamp(max=FLOAT32_LARGEST), 1.0)
+    return _power_above(x.abs().amax(-1, keepdim=True), largest)
+
+
+def _power_above(amax: Tensor, largest: float) -> Tensor:
+    """s_t of tensors whose largest magnitudes are amax, a tensor of any shape; 1 where those are zero."""
+    mantissa, exponent = torch.frexp(2 * amax.float() / (E4M3_LARGEST * largest))  # 1/2 <= mantissa < 1
+    exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 127)  # so that the reciprocal is a float32 too
+    return torch.where(amax > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0)
 
 
 def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float | Tensor) -> Tensor:

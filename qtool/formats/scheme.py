@@ -42,6 +42,7 @@ Format = Literal[
     "fp4_bnb",
     "e2m1",
     "e3m0",
+    "e1m2",
     "e2m3",
     "e3m2",
     "e4m3",
@@ -71,8 +72,7 @@ PRESETS: dict[str, dict[str, object]] = {
 # What may follow -a in a scheme's shorthand: how a linear's input is rounded; or a word of INPUT_SHORTHAND.
 ACTIVATION_PRESETS: dict[str, dict[str, object]] = {
     **{f"int{bits}": {"bits": bits} for bits in range(2, 9)},
-    "e4m3": {"format": "e4m3"},
-    "e5m2": {"format": "e5m2"},
+    **{name: {"format": name} for name in ("e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2")},
     **{name: fields for name, fields in PRESETS.items() if name.startswith(("mx", "nv"))},
 }
 INPUT_SHORTHAND = re.compile(
@@ -171,7 +171,7 @@ class WeightScheme(Options):
         return f"{kind}{group}{self.ending}"
 
 
-ActivationFormat = Literal["int", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
+ActivationFormat = Literal["int", "e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"]
 
 
 class ActivationScheme(Options):

@@ -61,8 +61,9 @@ def statistics(method: Method, options: Options, problem: Problem) -> LayerStats
 
 def run_quantize(method: Method, scheme: str, problem: Problem) -> QuantizedTensor:
     options = method.options.model_validate({"scheme": scheme})
-    weights = Scheme.model_validate(scheme).weights
-    result = method.run(problem.W.clone(), statistics(method, options, problem), weights, options, lambda text: None)
+    stats, asked = statistics(method, options, problem), Scheme.model_validate(scheme)
+    result = method.run(problem.W.clone(), stats, method.asked_of(asked), options, lambda text: None)
+    result = result[0] if method.chooses_inputs else result
     assert isinstance(result, QuantizedTensor), f"{method.key} returns {type(result).__name__}, must be QuantizedTensor"
     return result
 

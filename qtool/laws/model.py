@@ -45,7 +45,10 @@ EXPORT_SCHEMES = ("w4a16g32",)
 
 def sample_options(method: Method, **stated: object) -> Options:
     """Options of a method that make it cheap, but for those stated; defaults elsewhere."""
-    chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in method.options.model_fields}
+    fields = method.options.model_fields
+    chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in fields}
+    if "scheme" in chosen and not fields["scheme"].is_required():
+        del chosen["scheme"]  # it goes with another choice than the default
     return method.options.model_validate(chosen | stated)
 
 
@@ -147,7 +150,7 @@ def the_blocks_error_is_no_worse_than_roundings(method: Method) -> None:
 def transform_first_block(method: Method, folder: Path) -> tuple[Block, Tensor, Edits]:
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
     hidden = model.embed(sample_tokens())
-    block, options = model.block(0), sample_options(method)
+    block, options = model.block(0), sample_options(method, **({"scheme": method.schemes[0]} if method.schemes else {}))
     scalings, needs = find_scalings(block, hidden[:1]), method.needed(options)
     edits: Edits
     if "inputs" in needs:

@@ -22,22 +22,24 @@ TOLERANCE = 0.05  # of what the block adds to its input, relative; sums of bfloa
 
 
 class EagerAttention:
-    """Knows how the model calls its blocks on windows of one length where attention is eager."""
+    """Knows how the model calls its blocks on windows of one length, `batch` at a time, where attention is eager."""
 
-    def __init__(self, model: ModelHandle, length: int) -> None:
+    def __init__(self, model: ModelHandle, length: int, batch: int = 1) -> None:
         before, model.calls = model.calls, {}
         try:
             with eager(model.model):
-                model.record_calls((1, length))
-            self._calls = model.calls[1, length]
+                model.record_calls((batch, length))
+            self._calls = model.calls[batch, length]
         finally:
             model.calls = before
 
-    @torch.no_grad()
-    def weights(self, block: Block, window: Tensor) -> list[Tensor] | str:
-        """Weights [heads, length, length] of each attention, for window [1, length, hidden]; or why the block gives none."""
-        found: list[Tensor] = []  # [1, heads, length, length] each
-        length = window.shape[1]
+    def forward(self, block: Block, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The block's output for windows [batch, length, hidden], and what could be weights of each attention.
+
+        Both on the block's device, weights [batch, heads, length, length]; gradients reach both.
+        """
+        found: list[Tensor] = []  # [batch, heads, length, length] each
+        length = windows.shape[1]
 
         def keep(module: nn.Module, args: object, out: object) -> None:
             for value in out if isinstance(out, tuple) else ():
@@ -47,16 +49,24 @@ class EagerAttention:
 
         hooks = [module.register_forward_hook(keep) for module in block.module.modules() if module is not block.module]
         args, kwargs = self._calls[block.index]
-        x = window.to(block.device)
         try:
             with eager(block.module):
-                out = block.module(x, *args, **kwargs)
+                out = block.module(windows.to(block.device), *args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
+        return (out[0] if isinstance(out, tuple) else out), found
+
+    @torch.no_grad()
+    def weights(self, block: Block, window: Tensor) -> list[Tensor] | str:
+        """Weights [heads, length, length] of each attention, for a window; or why the block gives none.
+
+        window [1, length, hidden]; where `batch` is more, the first of as many.
+        """
+        out, found = self.forward(block, window)
         if not found or not all(is_distribution(A) for A in found):
             return "its forward returns no attention weights, even where attention is eager"
-        out = out[0] if isinstance(out, tuple) else out
+        x = window.to(block.device)
         expected = block.call(x)
         change = float((out - expected).float().norm() / (expected - x).float().norm().clamp(min=1e-30))
         if not change <= TOLERANCE:

@@ -118,6 +118,11 @@ class Block:
         return torch.cat([self.call_from_host(batch) for batch in self.batches(hidden)])
 
     @property
+    def model(self) -> "ModelHandle":
+        """The model that the block is a part of."""
+        return self._handle
+
+    @property
     def device(self) -> torch.device:
         return self._handle.device
 

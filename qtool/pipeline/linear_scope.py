@@ -123,14 +123,16 @@ def change_linears(
     for scheme, members in batches:
         begun = time.perf_counter()
         n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
-        chosen = (options,) if scheme is None else (scheme.weights, options)
         seen = stats if stats is None else stats.of_output(curvature.get(members[0]))
+        chosen = (options,) if scheme is None else (method.asked_of(scheme), options)
         # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
         try:
             result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), seen, *chosen, note)
         except QtoolError as error:
             raise QtoolError(f"{method.key}: {members[0]}: {error}") from error
         seconds = time.perf_counter() - begun
+        if scheme is not None:  # a method may choose, say, the group
+            result, scheme = method.found_by(result, scheme)
         start = 0
         for name in members:
             layer = block.get(name)
@@ -138,7 +140,6 @@ def change_linears(
             stop = start + len(before)
             if scheme is not None:
                 part = result if len(members) == 1 else result.rows(start, stop)
-                scheme = scheme.model_copy(update={"weights": part.scheme})  # a method may choose, say, the group
                 block.put(name, QuantLinear(part, getattr(layer, "bias", None), scheme.activations))
                 work.changes[f"{name}.weight"] = (part, scheme)
                 after = part.dequantize()

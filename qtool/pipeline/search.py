@@ -109,6 +109,8 @@ def check_search(model: ModelHandle, method: Method, options: SearchOptions) -> 
         raise QtoolError(f"{method.key}: {options.quantizer} rounds whole blocks; name a quantizer that works on linears")
     if issubclass(registry.load(options.quantizer).options, Curvature):
         raise QtoolError(f"{method.key}: {options.quantizer} needs gradients that a search does not gather; name quantize/gptq")
+    if registry.load(options.quantizer).chooses_inputs:
+        raise QtoolError(f"{method.key}: {options.quantizer} chooses inputs' formats, as candidates do; name quantize/rtn")
     for scheme in options.candidates:
         check_selection(model, method, SchemeSelection(scheme=scheme, ignore=options.ignore))
     names = chosen_names(model, options)

@@ -100,3 +100,22 @@ def test_few_inputs_of_low_precision_leave_the_hessian_positive_semidefinite() -
     H = stats.hessian().double()
     # Float32 rounding; sums rounded to bfloat16 would leave -1e-3 of the mean.
     assert float(torch.linalg.eigvalsh(H).min()) > -1e-5 * float(H.diagonal().mean())
+
+
+# ---- a sample of the tokens ----
+
+
+def test_a_short_text_is_its_own_sample() -> None:
+    stats = gather(("sample",), *inputs().split(1))
+    assert torch.equal(stats.sample(), inputs().view(-1, 6))
+
+
+def test_a_sample_has_tokens_from_everywhere_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "SAMPLE", 200)
+    x = torch.arange(4000.0).view(20, 200, 1).expand(-1, -1, 6)  # [samples, length, in], each token tells its place
+    found, again = (gather(("sample",), *x.split(3)).sample() for _ in range(2))
+    assert torch.equal(found, again) and found.shape == (200, 6)
+    place = found[:, 0]
+    assert bool((place.diff() > 0).all())  # in their order, none twice
+    # Of 200 draws a fifth of the text gets 40, give or take three times the deviation of 5.7.
+    assert all(abs(int(((place >= start) & (place < start + 800)).sum()) - 40) < 18 for start in range(0, 4000, 800))

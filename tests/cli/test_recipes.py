@@ -12,7 +12,8 @@ from qtool.recipe import load
 RECIPES = sorted((Path(__file__).resolve().parent.parent.parent / "recipes").glob("*.yaml"))
 
 
-SLOW = ("quantize/yaqa", "quantize/lattice", "quantize/ada_dim")  # by the weights, not by the text: one block is enough
+# By the weights, not by the text: one block is enough.
+SLOW = ("quantize/yaqa", "quantize/lattice", "quantize/ada_dim", "quantize/fpq")
 
 
 def smaller(path: Path) -> list[str]:

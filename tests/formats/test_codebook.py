@@ -23,6 +23,7 @@ def test_eight_bit_floats_are_torchs(name: str) -> None:
     ("name", "magnitudes"),
     [
         ("e2m1", [0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+        ("e1m2", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]),
         ("e3m0", [0, 0.25, 0.5, 1, 2, 4, 8, 16]),
         ("fp4_bnb", [0, 0.0052083333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25]),
     ],
@@ -67,7 +68,7 @@ def test_every_code_is_the_nearest_one(grid: CodebookGrid) -> None:
     assert torch.allclose((grid.snap(w, params) - w).abs(), nearest, rtol=1e-4, atol=float(1e-6 * params.scale.max()))
 
 
-@pytest.mark.parametrize("name", ["e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"])
+@pytest.mark.parametrize("name", ["e1m2", "e2m1", "e3m0", "e2m3", "e3m2", "e4m3", "e5m2"])
 def test_ties_go_to_the_even_code(name: str) -> None:
     grid, one = CodebookGrid(name, "float32"), Params(torch.ones(1), None)
     positive = sorted({value for value in LEVELS[name] if value >= 0})

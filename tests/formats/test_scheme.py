@@ -32,6 +32,7 @@ SAME = {
     "nvfp4": {"weights": {"format": "e2m1", "group": 16, "scale_dtype": "float8_e4m3fn"}},
     "mxfp6_e3m2": {"weights": {"format": "e3m2", "group": 32, "scale_dtype": "float8_e8m0fnu"}},
     "e4m3-ae4m3": {"weights": {"format": "e4m3"}, "activations": {"format": "e4m3"}},
+    "e2m1-ae2m1": {"weights": {"format": "e2m1"}, "activations": {"format": "e2m1"}},
     "nf4g64-aint8": {"weights": {"format": "nf4", "group": 64}, "activations": {"bits": 8}},
     "w4g128-amxfp8_e4m3": {
         "weights": {"bits": 4, "group": 128},

@@ -35,6 +35,21 @@ def test_every_family_gives_the_weights_that_its_whole_model_has(family: str, ti
     assert model.model.config._attn_implementation == before
 
 
+def test_several_windows_have_the_weights_of_each_alone_and_gradients_reach_them(tiny_model: Callable[..., Path]) -> None:
+    model = ModelHandle(ModelOptions(path=str(tiny_model("llama"))))
+    one, two, hidden = EagerAttention(model, LENGTH), EagerAttention(model, LENGTH, 2), model.embed(tokens())
+    block = model.block(0)
+    assert block.model is model
+    x = hidden.requires_grad_()
+    out, (weights,) = two.forward(block, x)
+    torch.testing.assert_close(out, block.call(x))
+    for place in range(2):
+        (alone,) = one.weights(block, x[place : place + 1])
+        torch.testing.assert_close(weights[place], alone)
+    (gradient,) = torch.autograd.grad(weights.square().sum(), x)
+    assert bool(gradient.any())
+
+
 class Silent(nn.Module):
     """In place of attention: changes nothing and returns no weights."""
 

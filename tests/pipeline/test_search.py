@@ -191,6 +191,7 @@ def test_a_budget_above_every_choice_gives_the_largest_candidate_and_says_so(tin
         ({"quantizer": "quantize/gtpq"}, {}, 'no quantizer "quantize/gtpq"; did you mean "quantize/gptq"'),
         ({"quantizer": "quantize/sign_round"}, {}, "rounds whole blocks"),
         ({"quantizer": "quantize/yaqa"}, {}, "needs gradients .* name quantize/gptq"),
+        ({"quantizer": "quantize/fpq"}, {}, "chooses inputs' formats, as candidates do; name quantize/rtn"),
     ],
 )
 def test_what_cannot_work_stops_before_any_work(

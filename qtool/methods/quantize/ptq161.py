@@ -15,7 +15,6 @@ Costs: gradients through every block; half a bit more where rows are short.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -26,12 +25,11 @@ from qtool.formats.outliers import index_dtype
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.formats.tensor import QuantizedTensor, Salient, quantize
 from qtool.layers.binary_linear import BINARY, BinaryLinear
+from qtool.linalg.distance import distance_from_both
 from qtool.model.handle import Block
 from qtool.model.linear import weight_of
 from qtool.options import BlockTuning
 from qtool.registry import Method
-
-LEAST_COS = 1e-4  # where log cos is cut off
 
 
 class Ptq161Options(SchemeSelection, BlockTuning):
@@ -67,10 +65,10 @@ def ptq161(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     first, random = [p.detach().clone() for p in trained], torch.Generator().manual_seed(seed)
     with block.replaced(layers):
-        before = loss_of(block.forward(inputs), targets, own)
+        before = distance_from_both(block.forward(inputs), targets, own)
         for _ in range(options.steps):
             rows = torch.randperm(len(inputs), generator=random)[: options.batch]
-            loss = loss_of(block.call_from_host(inputs[rows]), targets[rows], own[rows])
+            loss = distance_from_both(block.call_from_host(inputs[rows]), targets[rows], own[rows])
             gradients = torch.autograd.grad(loss, trained)
             for p, gradient in zip(trained, gradients, strict=True):
                 p.grad = gradient
@@ -78,7 +76,7 @@ def ptq161(
             falling.step()
             for layer in layers.values():
                 layer.clamp()
-        if not loss_of(block.forward(inputs), targets, own) <= before:
+        if not distance_from_both(block.forward(inputs), targets, own) <= before:
             note("training did not lower the block's error; it keeps the scales of least squared error")
             with torch.no_grad():
                 for p, value in zip(trained, first, strict=True):
@@ -106,16 +104,6 @@ def binary(block: Block, name: str, amax: Tensor, scheme: Scheme, options: Ptq16
         columns = amax.argsort(descending=True, stable=True)[:n_salient].sort().values  # [salient]
         salient = Salient(columns.to(index_dtype(len(amax))), quantize(W[:, columns], scheme.weights))
     return BinaryLinear(W, bias, salient, scheme.activations)
-
-
-def loss_of(out: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-    """Scalar: how far out is from targets, f(x°), and from own, f(x), all [samples, length, hidden]."""
-    return distance(out.float(), targets.float()) + distance(out.float(), own.float())
-
-
-def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of a and b [..., hidden], and the mean of -log of the cosine of each token."""
-    return (a - b).square().mean() - F.cosine_similarity(a, b, dim=-1).clamp(min=LEAST_COS).log().mean()
 
 
 def check(model: object, options: Ptq161Options) -> None:

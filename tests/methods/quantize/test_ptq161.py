@@ -12,7 +12,8 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, Salient, quantize
 from qtool.layers.binary_linear import BinaryLinear
 from qtool.layers.quant_linear import QuantLinear
-from qtool.methods.quantize.ptq161 import Ptq161Options, check, distance, loss_of, ptq161
+from qtool.linalg.distance import distance, distance_from_both
+from qtool.methods.quantize.ptq161 import Ptq161Options, check, ptq161
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import weight_of
 from qtool.model.store import load_changes, save_changes
@@ -47,7 +48,7 @@ def error(block: Block, hidden: Tensor, targets: Tensor, tensors: dict[str, Quan
     biases = {name: getattr(block.get(name), "bias", None) for name in tensors}
     own = block.forward(hidden)
     with block.replaced({name: QuantLinear(tensor, biases[name]) for name, tensor in tensors.items()}):
-        return float(loss_of(block.forward(hidden), targets, own))
+        return float(distance_from_both(block.forward(hidden), targets, own))
 
 
 def inputs_of(block: Block, name: str, hidden: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def test_the_loss_is_zero_for_the_same_and_counts_both_targets() -> None:
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 8, generator=random), torch.randn(2, 3, 8, generator=random)
     assert float(distance(a, a)) == pytest.approx(0, abs=1e-6)
-    assert float(loss_of(a, b, a)) == pytest.approx(float(distance(a, b)), abs=1e-6)
+    assert float(distance_from_both(a, b, a)) == pytest.approx(float(distance(a, b)), abs=1e-6)
     assert bool(torch.isfinite(distance(a, -a)))  # the cosine of opposites has no logarithm
 
 
