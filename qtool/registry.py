@@ -55,7 +55,7 @@ class Method:
     schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
-    adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
+    adds: str | Callable[[Any], str] = ""  # what its results hold that only exports that hold additions can write; by options
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
     key: str = ""
 
@@ -71,6 +71,10 @@ class Method:
             self.holds(model, model.schemes(), options)
         is_lossless: bool = self.run(model, out, options)
         return describe_folder(self.key.removeprefix("export/"), out, is_lossless)
+
+    def added(self, options: Options) -> str:
+        """What a run with these options adds that only exports that hold additions can write; empty where nothing."""
+        return self.adds(options) if callable(self.adds) else self.adds
 
     def needed(self, options: Options) -> Needs:
         """The statistics that a run with these options takes."""

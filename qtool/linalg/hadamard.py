@@ -51,7 +51,7 @@ def hadamard_block(n: int) -> int:
 
 
 def hadamard_product(x: Tensor) -> Tensor:
-    """x [..., n] times H / √n, block by block where n has no matrix of its own, in x's dtype, worked out in no less than float32."""
+    """x [..., n] times H / √n, block by block where n has no matrix of its own; in x's dtype, from float32 at least."""
     n = x.shape[-1]
     size = hadamard_block(n)
     m = small_factor(size)
@@ -74,7 +74,8 @@ def hadamard_product(x: Tensor) -> Tensor:
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """A matrix [n, n] drawn evenly from all orthogonal ones, float64."""
     Q, R = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return Q * R.diagonal().sign()
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation
 
 
 def random_signs(n: int, generator: torch.Generator) -> Tensor:

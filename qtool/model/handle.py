@@ -20,18 +20,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import KvScheme, Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
+from qtool.layers.rotated_input import carry_rotation, rotate_input
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.store import LOW_RANK, Changes, additions_among, load_additions, load_cache, load_changes, load_schemes
+from qtool.model.store import (
+    LOW_RANK,
+    ROTATION,
+    Changes,
+    additions_among,
+    load_additions,
+    load_cache,
+    load_changes,
+    load_names,
+    load_schemes,
+)
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
@@ -62,7 +74,8 @@ class Block:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
 
     def put(self, name: str, layer: nn.Module) -> None:
-        """Let `layer` stand at a full name inside the block."""
+        """Let `layer` stand at a full name inside the block; it rotates its input where what stood there did."""
+        carry_rotation(self.get(name), layer)
         path, _, last = name.removeprefix(f"{self.name}.").rpartition(".")
         setattr(self.module.get_submodule(path), last, layer)
 
@@ -211,8 +224,11 @@ class ModelHandle:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output head and the embedding are one tensor."""
-        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        """Whether the output head and the embedding are one tensor: so the config says, and no change parts them."""
+        if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+            return False
+        path = self._changes_file("outer")
+        return path is None or not load_names(path) & self._tied_names()
 
     def outer_names(self) -> list[str]:
         """Parameters that belong to no block: embeddings, last norm, head."""
@@ -240,9 +256,12 @@ class ModelHandle:
 
     def stored_names(self) -> set[str]:
         """Parameters that a checkpoint stores: all but a head that is tied to the embedding."""
-        names = {name for name, _ in self.model.named_parameters()}
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return names - set(tied) if self.is_tied else names
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return names - self._tied_names() if self.is_tied else names
+
+    def _tied_names(self) -> set[str]:
+        """Parameters that are the embedding itself where head and embedding are tied."""
+        return set(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     def _blocks_list(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
@@ -280,6 +299,9 @@ class ModelHandle:
                     if quantized is not None:
                         factors[prefix + name] = reader.read_low_rank(self.checkpoint, prefix + name, self.quantization)
                         self._place_quantized(root, name, *quantized, factors[prefix + name])
+                    rotation = reader.read_rotation(self.checkpoint, prefix + name, self.quantization)
+                    if rotation is not None:
+                        self._place_rotation(root, name, rotation)
             for name in attentions_of(root) if prefix else ():
                 if (scales := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
                     self._place_cache(root, name, scales)
@@ -292,6 +314,8 @@ class ModelHandle:
                 self._place_quantized(root, linear.removeprefix(prefix), *value, low_rank)
             elif isinstance(value, CacheScales):
                 self._place_cache(root, name.removeprefix(prefix), value)
+            elif isinstance(value, InputRotation):
+                self._place_rotation(root, name.removesuffix(ROTATION).removeprefix(prefix), value)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -405,7 +429,8 @@ class ModelHandle:
 
     def _load_outer(self) -> None:
         self.load(self.model, "", "outer")
-        self.model.tie_weights()
+        if self.is_tied:
+            self.model.tie_weights()
         missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
         if missing:
             raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
@@ -437,10 +462,20 @@ class ModelHandle:
             raise QtoolError(f"model: {self.folder}: {name} is {is_}, the config makes it {must}; is it the right checkpoint?")
         bias = getattr(old, "bias", None)
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank).to(self.device)
+        carry_rotation(old, layer)
         owner.register_module(last, layer)
 
     def _place_cache(self, root: nn.Module, name: str, scales: CacheScales) -> None:
         quantize_cache(root.get_submodule(name), scales.to(self.device))
+
+    def _place_rotation(self, root: nn.Module, name: str, rotation: InputRotation) -> None:
+        linear = root.get_submodule(name)
+        if len(rotation.signs) != shape_of(linear)[1]:
+            raise QtoolError(
+                f"model: {self.folder}: the rotation of {name}'s input has {len(rotation.signs)} signs, must have "
+                f"{shape_of(linear)[1]}; is it the right checkpoint?"
+            )
+        rotate_input(linear, rotation.signs.to(self.device))
 
     # ---- running ----
 
@@ -462,7 +497,7 @@ class ModelHandle:
             self._enter_blocks(self.block(0), torch.zeros(shape, dtype=torch.int64))
         self.release(0)
 
-    def _enter_blocks(self, first: Block, batch: Tensor) -> Tensor:
+    def _enter_blocks(self, first: Block | None, batch: Tensor) -> Tensor:
         """The first block's input for batch [batch, length]; fills `calls` for a batch shape not seen before."""
         shape = tuple(batch.shape)
         entered: list[Tensor] = []
@@ -472,6 +507,7 @@ class ModelHandle:
             entered.append(hidden.cpu())
             if shape in self.calls:
                 raise _Stop
+            assert first is not None, "a batch shape not seen before needs the first block"
             out = type(first.module).forward(first.module, hidden, *args, **kwargs)
             self._returns_tuple = isinstance(out, tuple)
             return follow(hidden, *args, **kwargs)
@@ -486,6 +522,22 @@ class ModelHandle:
         with self._blocks_replaced(begin, follow), contextlib.suppress(_Stop):
             self.model(batch.to(self.device), use_cache=False)
         return entered[0]
+
+    @torch.no_grad()
+    def enter(self, batch: Tensor) -> Tensor:
+        """The first block's input for tokens [batch, length] of a shape embedded before; call inside `outer()`."""
+        assert tuple(batch.shape) in self.calls, "embed() learns how blocks are called"
+        return self._enter_blocks(None, batch)
+
+    def widen_outer(self, name: str) -> None:
+        """Let one parameter outside the blocks be float64, and a tensor of its own, until `outer()` ends."""
+        tensor = _get(self.model, name)
+        if tensor.is_floating_point():
+            self._place(self.model, name, tensor.detach().double())
+
+    def put_outer(self, name: str, value: Tensor) -> None:
+        """Let one parameter outside the blocks be `value` until `outer()` ends."""
+        self._place(self.model, name, value)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output [batch, length, hidden] to logits [batch, length, vocab]; call inside `outer()`.

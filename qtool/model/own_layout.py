@@ -1,6 +1,7 @@
 """qtool's own layout of a linear: the tensors that a run keeps of it, and one more that says what they are.
 
     NAME.weight::PART    each part of the quantized weight; NAME.low_rank::PART    of its low-rank factors
+    NAME.rotation::signs [in] int8, ±1    where the linear, quantized or dense, rotates its input
     NAME.weight::facts [bytes] uint8, JSON:
         {"scheme": ..., "facts": ..., "columns": [...], "weight": {PART: [dtype, shape]}, "low_rank": {PART: [dtype, shape]}}
 See qtool/model/store.py for the parts and for scheme, facts and columns.
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.input_rotation import InputRotation
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import n_words_of
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.model.store import LOW_RANK, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
+from qtool.model.store import LOW_RANK, ROTATION, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
 
-VERSION = 2  # 2: with the scales of a quantized cache
+VERSION = 3  # 2: with the scales of a quantized cache; 3: with rotations of inputs
 FACTS = "facts"
 Form = tuple[str, tuple[int, ...]]  # dtype and shape
 Read = Callable[[list[str]], dict[str, Tensor]]  # those of the named tensors that there are
@@ -93,6 +95,18 @@ def unpack_low_rank(stored: StoredLinear, read: Read) -> LowRank | None:
         return LowRank(parts["left"], parts["right"], parts.get("scale"))
     except KeyError as error:
         raise _senseless(stored.name, error) from error
+
+
+def unpack_rotation(name: str, read: Read) -> InputRotation | None:
+    """The rotation of the linear's input, None where there is none; raises QtoolError where its signs are none."""
+    key = f"{name}{ROTATION}::signs"
+    signs = read([key]).get(key)
+    if signs is None:
+        return None
+    if signs.dtype != torch.int8 or signs.ndim != 1 or not bool((signs.abs() == 1).all()):
+        is_ = f"{_form(signs)[0]} {list(signs.shape)}"
+        raise QtoolError(f"model: {key} is {is_}, must be one sign, int8, for each input; the checkpoint is damaged")
+    return InputRotation(signs)
 
 
 def _form(tensor: Tensor) -> Form:

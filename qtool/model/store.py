@@ -3,7 +3,7 @@
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
 low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; the scales of a quantized
-cache as `attention::k_scale` and `::v_scale`.
+cache as `attention::k_scale` and `::v_scale`; the signs of a rotation of a linear's input as `linear.rotation::signs`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
@@ -26,9 +27,10 @@ from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | CacheScales | tuple[QuantizedTensor, Scheme]
+Stored = Tensor | LowRank | CacheScales | InputRotation | tuple[QuantizedTensor, Scheme]
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
+ROTATION = ".rotation"  # the same of a rotation of its input
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -61,6 +63,8 @@ def save_changes(path: Path, changes: Changes) -> None:
         elif isinstance(value, CacheScales):
             tensors |= {f"{name}::k_scale": value.k_scale, f"{name}::v_scale": value.v_scale}
             caches[name] = value.scheme
+        elif isinstance(value, InputRotation):
+            tensors[f"{name}::signs"] = value.signs
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
@@ -144,12 +148,19 @@ def additions_among(names: Iterable[str]) -> dict[str, str]:
     """Linears that have more than codes, scales and zero points by the names of what is stored: what more."""
     marks = {
         f"{LOW_RANK}::left": "low-rank factors",
+        f"{ROTATION}::signs": "rotation of the input",
         ".weight::outlier_values": "outliers",
         ".weight::salient_columns": "salient columns",
         ".weight::column_scale": "column scales",
     }
     listed = list(names)
     return {name.removesuffix(mark): what for mark, what in marks.items() for name in listed if name.endswith(mark)}
+
+
+def load_names(path: Path) -> set[str]:
+    """Names of what one block's changes hold, dense or quantized; reads the file's header alone."""
+    with open_file(path) as file:
+        return {name.split("::")[0] for name in file.keys()}
 
 
 def load_changes(path: Path) -> Changes:
@@ -167,4 +178,6 @@ def load_changes(path: Path) -> Changes:
         changes[name] = CacheScales(KvScheme.model_validate(scheme), *scales)
     for name in (name.removesuffix("::left") for name in tensors if name.endswith(f"{LOW_RANK}::left")):
         changes[name] = LowRank(tensors[f"{name}::left"], tensors[f"{name}::right"], tensors.get(f"{name}::scale"))
+    for name in (name.removesuffix("::signs") for name in tensors if name.endswith(f"{ROTATION}::signs")):
+        changes[name] = InputRotation(tensors[f"{name}::signs"])
     return changes

@@ -28,6 +28,7 @@ from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
@@ -129,6 +130,8 @@ class Run:
             assert self.tokens is not None, "the recipe check asks for a calibrate step before search"
             assert isinstance(options, SearchOptions), f"{step.key}: options of a search are SearchOptions"
             return run_search(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
+        if (method.kind, method.scope) == ("transform", "model"):
+            return run_rotation(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
         if method.kind in CHANGING:
             if isinstance(options, SchemeSelection) and options.scheme == "search":
                 options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
@@ -297,12 +300,12 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
     changed: dict[str, Any] = {}
     for unit in [*(f"block_{index:03d}" for index in range(compressed.n_blocks)), "outer"]:
         changed |= compressed.unit_changes(unit)
-    counted = original.stored_names()
-    for name, p in original.model.named_parameters():
-        if name not in counted:
+    counted, kept = original.stored_names(), compressed.stored_names()
+    for name, p in original.model.named_parameters(remove_duplicate=False):
+        if name not in kept:
             continue
         size = p.numel() * original.dtype.itemsize
-        before += size
+        before += size if name in counted else 0  # a transform may part the head from the embedding
         value = changed.get(name)
         if value is None or isinstance(value, Tensor):
             after += size

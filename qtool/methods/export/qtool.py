@@ -2,6 +2,7 @@
 
     NAME.weight::codes [out, words] int32, packed    NAME.weight::scale    NAME.weight::zero    NAME.weight::second ...
     NAME.low_rank::left [out, rank]    NAME.low_rank::right [rank, in]    NAME.low_rank::scale [rank]
+    NAME.rotation::signs [in] int8, where the linear, a dense one too, rotates its input
     NAME.weight::facts [bytes] uint8, JSON: schemes, numbers of the tensor, and dtype and shape of each of its parts
 The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
 column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
@@ -37,8 +38,10 @@ class QtoolOptions(ExportOptions):
 def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOptions) -> Storage:
     """What the checkpoint is made of."""
     cache = model.cache()
-    held: dict[str, Any] = {"version": 1} if cache is None else {"version": VERSION, "cache": cache.model_dump()}
-    return Storage(encoder(schemes), {"quant_method": "qtool", **held})
+    held: dict[str, Any] = {"version": 1} if cache is None else {"version": 2, "cache": cache.model_dump()}
+    if "rotation of the input" in model.additions().values():
+        held["version"] = VERSION
+    return Storage(encoder(schemes), {"quant_method": "qtool", **held}, holds_rotations=True)
 
 
 def encoder(schemes: dict[str, Scheme]) -> Encode:

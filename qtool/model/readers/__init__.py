@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import QtoolError
+from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scales import SCALE_DTYPES
@@ -40,12 +41,21 @@ class ReadLowRank(Protocol):
     def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None: ...
 
 
+class ReadRotation(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None: ...
+
+
 class ReadCache(Protocol):
     def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None: ...
 
 
 def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:
     """What layouts of weights alone have of a quantized cache."""
+    return None
+
+
+def no_rotation(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None:
+    """What layouts of codes alone have of a rotation of a linear's input."""
     return None
 
 
@@ -62,6 +72,7 @@ class Reader:
     read_linear: ReadLinear
     read_low_rank: ReadLowRank = no_low_rank
     read_cache: ReadCache = no_cache
+    read_rotation: ReadRotation = no_rotation
 
 
 def reader_of(config: dict[str, Any]) -> Reader:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import KvScheme, Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
-from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank
+from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_linear, unpack_low_rank, unpack_rotation
 from qtool.model.readers import scales_of_cache
 
 
@@ -36,6 +37,12 @@ def read_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> 
     """The low-rank factors of the linear `name`; None where it has none."""
     stored = _read(checkpoint, name, config)
     return None if stored is None else unpack_low_rank(stored, _tensors_of(checkpoint))
+
+
+def read_rotation(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None:
+    """The rotation of the input of the linear `name`, dense ones too; None where it has none."""
+    check_config(config)
+    return unpack_rotation(name, _tensors_of(checkpoint))
 
 
 def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | None:

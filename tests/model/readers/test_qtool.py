@@ -14,7 +14,7 @@ from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 from qtool.model.handle import ModelHandle
-from qtool.model.own_layout import pack_linear, read_facts, unpack_linear, unpack_low_rank
+from qtool.model.own_layout import VERSION, pack_linear, read_facts, unpack_linear, unpack_low_rank
 from qtool.model.readers import reader_of
 
 Change = Callable[[dict[str, Any]], object]
@@ -82,8 +82,8 @@ def test_what_is_damaged_is_refused(change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (3, "a newer qtool wrote version 3, this one reads up to 2; update qtool"),
-        (None, "version is None, must be a whole number from 1 to 2; export the model again"),
+        (VERSION + 1, f"a newer qtool wrote version {VERSION + 1}, this one reads up to {VERSION}; update qtool"),
+        (None, f"version is None, must be a whole number from 1 to {VERSION}; export the model again"),
         (0, "version is 0, must be a whole number"),
     ],
 )
