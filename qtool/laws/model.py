@@ -23,6 +23,7 @@ from qtool.formats.tensor import QuantizedTensor, quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
+from qtool.model.rotated_network import RotatedNetwork
 from qtool.model.rotation import Places, Rotations, Trial, block_edits, find_places, outer_change
 from qtool.model.sizes import export_size
 from qtool.model.store import save_changes
@@ -186,7 +187,14 @@ def transforming_is_deterministic(method: Method) -> None:
 def rotate_model(method: Method, folder: Path) -> tuple[ModelHandle, Places, Rotations]:
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
     places = find_places(model, sample_tokens()[:1])
-    rotations: Rotations = method.run(places, sample_options(method), 0, lambda text: None)
+    options = sample_options(method)
+    rotations: Rotations
+    if "inputs" in method.needed(options):
+        with model.materialized() as module:
+            network = RotatedNetwork(model, module.float(), places, sample_tokens())
+            rotations = method.run(places, network, options, 0, lambda text: None)
+    else:
+        rotations = method.run(places, options, 0, lambda text: None)
     return model, places, rotations
 
 

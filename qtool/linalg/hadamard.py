@@ -91,6 +91,14 @@ def hadamard_rotation(n: int, signs: Tensor | None = None) -> Tensor | None:
     return (H if signs is None else signs[:, None] * H) / math.sqrt(n)
 
 
+def spreading_rotation(n: int, keeps_mean: bool, generator: torch.Generator) -> Tensor:
+    """A random rotation [n, n] that spreads every channel over all: by a Hadamard matrix, where there is one."""
+    if keeps_mean:
+        return mean_keeping_rotation(n, generator)
+    Q = hadamard_rotation(n, random_signs(n, generator))
+    return random_orthogonal(n, generator) if Q is None else Q
+
+
 def mean_keeping_rotation(n: int, generator: torch.Generator) -> Tensor:
     """An orthogonal Q [n, n] with Q 1 = 1, float64, random and with all its entries of like size.
 

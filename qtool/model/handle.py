@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import KvScheme, Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.kv_cache import attentions_of, quantize_cache
@@ -76,6 +76,9 @@ class Block:
     def put(self, name: str, layer: nn.Module) -> None:
         """Let `layer` stand at a full name inside the block; it rotates its input where what stood there did."""
         carry_rotation(self.get(name), layer)
+        self._set(name, layer)
+
+    def _set(self, name: str, layer: nn.Module) -> None:
         path, _, last = name.removeprefix(f"{self.name}.").rpartition(".")
         setattr(self.module.get_submodule(path), last, layer)
 
@@ -89,7 +92,7 @@ class Block:
             yield
         finally:
             for name, layer in before.items():
-                self.put(name, layer)
+                self._set(name, layer)
 
     @property
     def head_dim(self) -> int | None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import n_words_of
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.store import LOW_RANK, ROTATION, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized

@@ -16,7 +16,7 @@ instead of being subtracted by the layer before.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -110,6 +110,12 @@ class Rotations:
     residual: Tensor | None = None  # Q [hidden, hidden]
     heads: dict[str, Tensor] = field(default_factory=dict)  # linear that makes values: R [kv heads, head_dim, head_dim]
     inputs: dict[str, Tensor] = field(default_factory=dict)  # linear: signs [in]
+    losses: tuple[float, ...] = ()  # of the rounded model, where they were learned: at the start, then at each check
+
+    def detached(self, losses: Sequence[float]) -> "Rotations":
+        """A copy that gradients do not reach, with the losses that led there."""
+        residual = None if self.residual is None else self.residual.detach().clone()
+        return Rotations(residual, {name: R.detach().clone() for name, R in self.heads.items()}, self.inputs, tuple(losses))
 
 
 # ---- where ----

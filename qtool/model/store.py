@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scales import scale_codes, single_scale
 from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
+from qtool.formats.rotations import InputRotation, LearnedRotations
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.memory import return_free_memory
+from qtool.model.rotated_network import RotatedNetwork
 from qtool.model.rotation import (
     TOLERANCE,
     Places,
@@ -33,6 +34,7 @@ from qtool.pipeline.work import Work
 from qtool.progress import Progress
 from qtool.registry import Method
 
+KEPT = "rotations.safetensors"  # until the step is done
 LENGTH = 32  # tokens that the trials look at; rotations hold for all or none
 
 
@@ -43,10 +45,16 @@ def run_rotation(
     original = before_step(model, folder)
     if quantized := original.schemes():
         raise QtoolError(f"{method.key}: {next(iter(quantized))} is quantized already; rotate first, then quantize")
-    progress.stage(method.key, original.n_blocks + 1)
+    n_updates = options.steps if isinstance(options, LearnedRotations) else 0
+    progress.stage(method.key, original.n_blocks + 1 + n_updates)
     sample = trial_tokens(original)
     places = find_places(original, sample)
-    rotations = answered(original, method, options, places, tokens, seed, folder)
+    if (folder.path / KEPT).is_file():
+        for _ in range(n_updates):
+            progress.advance()
+    else:
+        answer(original, method, options, places, tokens, seed, folder, progress)
+    rotations = kept_rotations(original, folder)
     hidden = original.embed(sample)
     for index in range(original.n_blocks):
         block, unit = original.block(index), f"block_{index:03d}"
@@ -58,8 +66,8 @@ def run_rotation(
     if not folder.unit("outer").is_file():
         turn_outer(original, places.outer, rotations, sample, hidden, method, folder)
     progress.advance("embedding and head")
-    (folder.path / "rotations.safetensors").unlink(missing_ok=True)
-    return collect(model, folder)
+    (folder.path / KEPT).unlink(missing_ok=True)
+    return {**collect(model, folder), "losses": folder.records("outer")["losses"]}
 
 
 def trial_tokens(model: ModelHandle) -> Tensor:
@@ -68,23 +76,39 @@ def trial_tokens(model: ModelHandle) -> Tensor:
     return torch.randint(vocab, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def answered(
-    model: ModelHandle, method: Method, options: Any, places: Places, tokens: Tensor | None, seed: int, folder: StepFolder
-) -> Rotations:
-    """The method's rotations, as they were kept where the step was begun before, on the model's device."""
-    path = folder.path / "rotations.safetensors"
-    if not path.is_file():
-        notes: list[str] = []
-        try:
+def answer(
+    model: ModelHandle,
+    method: Method,
+    options: Any,
+    places: Places,
+    tokens: Tensor | None,
+    seed: int,
+    folder: StepFolder,
+    progress: Progress,
+) -> None:
+    """Ask the method for its rotations and keep them in the step's folder."""
+    notes: list[str] = []
+    try:
+        if "inputs" in method.needed(options):
+            assert tokens is not None, "the recipe check asks for a calibrate step before what needs inputs"
+            with model.materialized() as module:
+                network = RotatedNetwork(model, module.float(), places, tokens, progress.advance)
+                rotations: Rotations = method.run(places, network, options, seed, notes.append)
+        else:
             rotations = method.run(places, options, seed, notes.append)
-        except QtoolError as error:
-            raise QtoolError(f"{method.key}: {error}") from error
-        whole = {} if rotations.residual is None else {"residual": rotations.residual.contiguous()}
-        whole |= {f"heads:{name}": R.contiguous() for name, R in rotations.heads.items()}
-        whole |= {f"inputs:{name}": signs.contiguous() for name, signs in rotations.inputs.items()}
-        folder.write_records("outer", {"linears": [], "fallbacks": notes})
-        write_atomically(path, lambda temporary: save_file(whole, temporary))
-    found = {name: tensor.to(model.device) for name, tensor in load_file(path).items()}
+    except QtoolError as error:
+        raise QtoolError(f"{method.key}: {error}") from error
+    whole = {} if rotations.residual is None else {"residual": rotations.residual}
+    whole |= {f"heads:{name}": R for name, R in rotations.heads.items()}
+    whole |= {f"inputs:{name}": signs for name, signs in rotations.inputs.items()}
+    folder.write_records("outer", {"linears": [], "fallbacks": notes, "losses": list(rotations.losses)})
+    stored = {name: tensor.contiguous().cpu() for name, tensor in whole.items()}
+    write_atomically(folder.path / KEPT, lambda temporary: save_file(stored, temporary))
+
+
+def kept_rotations(model: ModelHandle, folder: StepFolder) -> Rotations:
+    """The rotations that the method answered, on the model's device."""
+    found = {name: tensor.to(model.device) for name, tensor in load_file(folder.path / KEPT).items()}
     heads, inputs = ({n.split(":", 1)[1]: t for n, t in found.items() if n.startswith(kind)} for kind in ("heads:", "inputs:"))
     return Rotations(found.get("residual"), heads, inputs)
 

@@ -130,11 +130,11 @@ class Run:
             assert self.tokens is not None, "the recipe check asks for a calibrate step before search"
             assert isinstance(options, SearchOptions), f"{step.key}: options of a search are SearchOptions"
             return run_search(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
-        if (method.kind, method.scope) == ("transform", "model"):
-            return run_rotation(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
         if method.kind in CHANGING:
             if isinstance(options, SchemeSelection) and options.scheme == "search":
                 options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
+            if (method.kind, method.scope) == ("transform", "model"):
+                return run_rotation(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
             unquantized = self._unquantized if method.kind == "factorize" else None
             return run_blockwise(
                 self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress, unquantized

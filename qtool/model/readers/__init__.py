@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scales import SCALE_DTYPES
 from qtool.formats.scheme import ActivationScheme, KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.input_rotation import InputRotation
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import KvScheme, Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
