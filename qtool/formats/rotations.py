@@ -1,6 +1,6 @@
 """Rotations: what is stored of one that runs online, and the options of transforms that learn them.
 
-    x <- (x D) H / √n        D the diagonal of signs [n], ±1 in int8; H follows from n, see linalg/hadamard.py
+x <- (x D) H / √n        D the diagonal of signs [n], ±1 in int8; H follows from n, see linalg/hadamard.py
 """
 
 from dataclasses import dataclass

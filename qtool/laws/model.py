@@ -186,8 +186,8 @@ def transforming_is_deterministic(method: Method) -> None:
 
 def rotate_model(method: Method, folder: Path) -> tuple[ModelHandle, Places, Rotations]:
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
-    places = find_places(model, sample_tokens()[:1])
     options = sample_options(method)
+    places = find_places(model, sample_tokens()[:1], with_scalings="inputs" in method.needed(options))
     rotations: Rotations
     if "inputs" in method.needed(options):
         with model.materialized() as module:
@@ -199,7 +199,7 @@ def rotate_model(method: Method, folder: Path) -> tuple[ModelHandle, Places, Rot
 
 
 def rotations_are_orthogonal(method: Method) -> None:
-    """Every matrix keeps lengths, signs are ±1, and something is rotated."""
+    """Every matrix keeps lengths, signs are ±1, scales are above zero, and something is rotated."""
     with tiny_checkpoint() as folder:
         _, _, rotations = rotate_model(method, folder)
         residual = [] if rotations.residual is None else [rotations.residual]
@@ -210,6 +210,8 @@ def rotations_are_orthogonal(method: Method) -> None:
             assert error <= 1e-5, f"a rotation of {len(Q)} is {error:.1e} away from an orthogonal matrix"
         for name, signs in rotations.inputs.items():
             assert bool((signs.abs() == 1).all()), f"{name}: signs are not ±1"
+        for name, s in rotations.scales.items():
+            assert bool((s > 0).all()), f"{name}: scales are not above zero"
 
 
 def rotating_keeps_every_unit(method: Method) -> None:
@@ -238,6 +240,7 @@ def rotating_is_deterministic(method: Method) -> None:
         pairs = [(first.residual, second.residual)] if first.residual is not None else []
         pairs += [(first.heads[name], second.heads[name]) for name in first.heads]
         pairs += [(first.inputs[name], second.inputs[name]) for name in first.inputs]
+        pairs += [(first.scales[name], second.scales[name]) for name in first.scales]
         assert all(b is not None and torch.equal(a, b) for a, b in pairs), "two runs differ"
 
 

@@ -103,19 +103,41 @@ def mean_keeping_rotation(n: int, generator: torch.Generator) -> Tensor:
     """An orthogonal Q [n, n] with Q 1 = 1, float64, random and with all its entries of like size.
 
     Q = H D Hᵀ / n, where the first column of H is 1 and D has random signs but D_11 = 1: then Q 1 = H D e_1 = 1, so that
-    the mean of x Q is that of x, and LayerNorm without gain and bias commutes with it. Where n has no Hadamard matrix, H is
-    random orthogonal with the first column 1.
+    the mean of x Q is that of x, and LayerNorm without gain and bias commutes with it.
     """
+    H = ones_first(n, generator)
+    D = random_signs(n, generator)
+    D[0] = 1
+    return (H * D) @ H.T / n
+
+
+def levelling_rotation(Sigma: Tensor, keeps_mean: bool, generator: torch.Generator) -> Tensor:
+    """An orthogonal Q [n, n], float64, after which every channel of a covariance Sigma [n, n] has the same variance.
+
+    Q = V Hᵀ / √n, V the eigenvectors of Sigma: QᵀΣQ = H Λ Hᵀ / n has tr Σ / n all along its diagonal. With `keeps_mean`
+    V has 1 / √n in its first column and then the eigenvectors of Sigma across it, so that Q 1 = √n V e_1 = 1; levels are then
+    the same up to what Sigma has along 1.
+    """
+    n = len(Sigma)
+    if not keeps_mean:
+        V = torch.linalg.eigh(Sigma.double())[1]
+    else:
+        one = torch.full((n, 1), 1 / math.sqrt(n), dtype=torch.float64)
+        across = torch.linalg.qr(torch.cat([one, torch.eye(n, dtype=torch.float64)[:, 1:]], 1))[0][:, 1:]  # [n, n - 1]
+        V = torch.cat([one, across @ torch.linalg.eigh(across.T @ Sigma.double() @ across)[1]], 1)
+    rotation: Tensor = V @ ones_first(n, generator).T / math.sqrt(n)
+    return rotation
+
+
+def ones_first(n: int, generator: torch.Generator) -> Tensor:
+    """H [n, n], float64, with H Hᵀ = n I and a first column of ones: a Hadamard matrix, or a random one where there is none."""
     H = hadamard_matrix(n)
     if H is None:
         columns = torch.randn(n, n, dtype=torch.float64, generator=generator)
         columns[:, 0] = 1
         Q, R = torch.linalg.qr(columns)
         H = Q * R.diagonal().sign() * math.sqrt(n)
-    H = H[:, :1] * H  # rows times ±1: the first column becomes 1, and H stays a Hadamard matrix
-    D = random_signs(n, generator)
-    D[0] = 1
-    return (H * D) @ H.T / n
+    return H[:, :1] * H  # rows times ±1: the first column becomes 1; of the random one it is 1 already
 
 
 def _is_core(m: int) -> bool:

@@ -7,6 +7,8 @@
         linears that write x   W <- Qᵀ W,  bias <- bias Q
     v <- v R                   values of one head     R [head_dim, head_dim] orthogonal
         value rows             W <- Rᵀ W,  bias <- bias R       output columns of the heads that read them   W <- W R
+    v <- v / s                 outputs of a linear that another one reads, channel by channel, before v <- v R: W_1 <- W_1 / s,
+                               W_2 <- W_2 s; where a trial says that it passes
     x <- (x D) H / √in         the input of one linear, while it runs; W <- W D H / √in (see layers/rotated_input.py)
 RMSNorm without gain commutes with every Q, LayerNorm with those that keep the mean, Q 1 = 1: for both the module stays what it
 was. What reads and writes x is found by tensor identity and shapes, where values lie in a fused linear by trial; the rotated
@@ -17,7 +19,7 @@ instead of being subtracted by the layer before.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -31,7 +33,7 @@ from qtool.linalg.hadamard import random_orthogonal
 from qtool.model.architectures import gain_offset
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import is_linear, shape_of, weight_of
-from qtool.model.wiring import Edits, oriented, trace
+from qtool.model.wiring import Edits, Group, Scaling, linear_sources, oriented, scale_edits, trace
 
 TOLERANCE = 1e-5  # relative change of what a block adds; norms that compute in float32 leave about 1e-7
 
@@ -65,6 +67,7 @@ class UnitPlaces:
     inputs: dict[str, int] = field(default_factory=dict)  # linear that no norm feeds: its inputs
     refusal: str | None = None
     keeps_mean: bool = False  # a norm subtracts the mean
+    scalings: tuple[Scaling, ...] = ()  # from one linear to another, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Places:
         """The linear that makes values, by its full name: (kv heads, head_dim)."""
         found = [unit.values for unit in self.blocks if unit.values is not None]
         return {values.value: (values.rows.shape[0], values.rows.shape[1]) for values in found}
+
+    @property
+    def scales(self) -> dict[str, int]:
+        """Linears whose outputs can be scaled, where another linear reads them: their number of channels."""
+        return {one.source: int(one.spread.max()) + 1 for unit in self.blocks for one in unit.scalings}
 
     @property
     def inputs(self) -> dict[str, int]:
@@ -110,28 +118,35 @@ class Rotations:
     residual: Tensor | None = None  # Q [hidden, hidden]
     heads: dict[str, Tensor] = field(default_factory=dict)  # linear that makes values: R [kv heads, head_dim, head_dim]
     inputs: dict[str, Tensor] = field(default_factory=dict)  # linear: signs [in]
+    scales: dict[str, Tensor] = field(default_factory=dict)  # linear that another one reads: s [channels]
     losses: tuple[float, ...] = ()  # of the rounded model, where they were learned: at the start, then at each check
+    qsur: tuple[float, float] | None = None  # of the linears' inputs, before and after, where it was looked at
 
     def detached(self, losses: Sequence[float]) -> "Rotations":
         """A copy that gradients do not reach, with the losses that led there."""
         residual = None if self.residual is None else self.residual.detach().clone()
-        return Rotations(residual, {name: R.detach().clone() for name, R in self.heads.items()}, self.inputs, tuple(losses))
+        heads, scales = ({n: t.detach().clone() for n, t in part.items()} for part in (self.heads, self.scales))
+        return Rotations(residual, heads, self.inputs, scales, tuple(losses))
+
+    def judged(self, before: float, after: float) -> "Rotations":
+        """The same with the QSUR of the linears' inputs before and after it."""
+        return replace(self, qsur=(before, after))
 
 
 # ---- where ----
 
 
-def find_places(model: ModelHandle, tokens: Tensor) -> Places:
+def find_places(model: ModelHandle, tokens: Tensor, with_scalings: bool = False) -> Places:
     """Everything that can be rotated; tokens [1, length] are what the trials look at. Loads one block at a time."""
     hidden = model.embed(tokens)
     units = []
     for block in model.blocks():
-        units.append(find_block_places(block, hidden))
+        units.append(find_block_places(block, hidden, with_scalings))
         hidden = block.forward(hidden)
     return Places(hidden.shape[-1], tuple(units), find_outer_places(model, hidden))
 
 
-def find_block_places(block: Block, sample: Tensor) -> UnitPlaces:
+def find_block_places(block: Block, sample: Tensor, with_scalings: bool = False) -> UnitPlaces:
     """The places of one block; sample [1, length, hidden] is what it is fed."""
     width = sample.shape[-1]
     groups, order = trace(block, sample)
@@ -148,14 +163,16 @@ def find_block_places(block: Block, sample: Tensor) -> UnitPlaces:
     writers = tuple(name for name, linear in linears.items() if name not in readers and shape_of(linear)[0] == width)
     inputs = {name: columns for name, columns in inputs.items() if name in writers}
     trial = Trial(block, sample)
+    alone = [name for name in writers if not name.startswith(tuple(experts))]
     found = UnitPlaces(
         tuple(Reading(norm, tuple(names)) for norm, names in readings.items()),
         writers,
-        values=_find_values(trial, [name for name in writers if not name.startswith(tuple(experts))], order),
+        values=_find_values(trial, alone, order),
         inputs=inputs,
         keeps_mean=any(_subtracts_mean(norm) for norm in norms.values()),
+        scalings=_find_scalings(trial, alone, order) if with_scalings else (),
     )
-    return UnitPlaces(**{**vars(found), "refusal": _refusal(trial, found, norms)})
+    return replace(found, refusal=_refusal(trial, found, norms))
 
 
 def find_outer_places(model: ModelHandle, hidden: Tensor) -> UnitPlaces:
@@ -250,6 +267,19 @@ def _find_values(trial: "Trial", outputs: list[str], order: list[str]) -> ValueH
     return None
 
 
+def _find_scalings(trial: "Trial", outputs: list[str], order: list[str]) -> tuple[Scaling, ...]:
+    """For each linear that writes, the latest linear whose channels it reads one by one, tried with random scales."""
+    found = []
+    for output in (name for name in outputs if name in order):
+        for scaling in linear_sources(trial.block, Group((output,), None), order):
+            s = torch.rand(int(scaling.spread.max()) + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+            edits = scale_edits(trial.block, scaling, s.to(trial.reference.device))
+            if trial.change(edits, Rotations()) <= TOLERANCE:
+                found.append(scaling)
+                break
+    return tuple(found)
+
+
 def _value_candidates(block: Block, output: str, order: list[str]) -> Iterator[ValueHeads]:
     """Where the heads that `output` reads might be made: a linear of values, or the values' part of a fused one."""
     width, size = shape_of(block.get(output))[1], block.head_dim
@@ -276,6 +306,9 @@ def _value_candidates(block: Block, output: str, order: list[str]) -> Iterator[V
 def block_edits(block: Block, places: UnitPlaces, rotations: Rotations) -> Edits:
     """Every parameter of the block, or outside the blocks, that rotations change; in their dtype, gradients reach them."""
     edits: Edits = {}
+    for scaling in places.scalings:
+        if (s := rotations.scales.get(scaling.source)) is not None:
+            scale_edits(block, scaling, s, edits)
     if (Q := rotations.residual) is not None:
         for name in places.embeddings:
             edits[f"{name}.weight"] = _weight(block, name, edits, Q) @ Q

@@ -64,7 +64,7 @@ def find_scalings(block: Block, sample: Tensor) -> list[Scaling]:
             width = cast(Tensor, block.get(group.norm).weight).numel()
             candidates = [Scaling(group.norm, group.linears, torch.arange(width))]
         else:
-            candidates = _linear_sources(block, group, order)
+            candidates = linear_sources(block, group, order)
         allowed = next((scaling for scaling in candidates if wide.allows(scaling)), None)
         if allowed is not None:
             found.append(replace(allowed, takes_shift=wide.allows_shift(allowed)))
@@ -133,7 +133,7 @@ def oriented(layer: nn.Module, value: Tensor) -> Tensor:
     return (value.T if isinstance(layer, Conv1D) and value.ndim == 2 else value).contiguous()
 
 
-def _linear_sources(block: Block, group: Group, order: list[str]) -> list[Scaling]:
+def linear_sources(block: Block, group: Group, order: list[str]) -> list[Scaling]:
     """Linears called before the group whose channels could be the group's input channels, latest first."""
     if not is_linear(block.get(group.linears[0])):
         return []

@@ -48,7 +48,7 @@ def run_rotation(
     n_updates = options.steps if isinstance(options, LearnedRotations) else 0
     progress.stage(method.key, original.n_blocks + 1 + n_updates)
     sample = trial_tokens(original)
-    places = find_places(original, sample)
+    places = find_places(original, sample, with_scalings="inputs" in method.needed(options))
     if (folder.path / KEPT).is_file():
         for _ in range(n_updates):
             progress.advance()
@@ -67,7 +67,7 @@ def run_rotation(
         turn_outer(original, places.outer, rotations, sample, hidden, method, folder)
     progress.advance("embedding and head")
     (folder.path / KEPT).unlink(missing_ok=True)
-    return {**collect(model, folder), "losses": folder.records("outer")["losses"]}
+    return {**collect(model, folder), "learned": folder.records("outer")["learned"]}
 
 
 def trial_tokens(model: ModelHandle) -> Tensor:
@@ -100,8 +100,10 @@ def answer(
         raise QtoolError(f"{method.key}: {error}") from error
     whole = {} if rotations.residual is None else {"residual": rotations.residual}
     whole |= {f"heads:{name}": R for name, R in rotations.heads.items()}
+    whole |= {f"scales:{name}": s for name, s in rotations.scales.items()}
     whole |= {f"inputs:{name}": signs for name, signs in rotations.inputs.items()}
-    folder.write_records("outer", {"linears": [], "fallbacks": notes, "losses": list(rotations.losses)})
+    learned = {"losses": list(rotations.losses), "qsur": rotations.qsur}
+    folder.write_records("outer", {"linears": [], "fallbacks": notes, "learned": learned if rotations.losses else {}})
     stored = {name: tensor.contiguous().cpu() for name, tensor in whole.items()}
     write_atomically(folder.path / KEPT, lambda temporary: save_file(stored, temporary))
 
@@ -109,8 +111,9 @@ def answer(
 def kept_rotations(model: ModelHandle, folder: StepFolder) -> Rotations:
     """The rotations that the method answered, on the model's device."""
     found = {name: tensor.to(model.device) for name, tensor in load_file(folder.path / KEPT).items()}
-    heads, inputs = ({n.split(":", 1)[1]: t for n, t in found.items() if n.startswith(kind)} for kind in ("heads:", "inputs:"))
-    return Rotations(found.get("residual"), heads, inputs)
+    kinds = ("heads:", "inputs:", "scales:")
+    heads, inputs, scales = ({n.split(":", 1)[1]: t for n, t in found.items() if n.startswith(kind)} for kind in kinds)
+    return Rotations(found.get("residual"), heads, inputs, scales)
 
 
 def turn_block(

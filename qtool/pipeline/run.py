@@ -87,7 +87,7 @@ class Run:
         if result is None or step.method.kind == "calibrate":
             with located(step), Stage(step.key) as stage:
                 result = self._work(step, state)
-            result["stage"] = stage.facts
+            result["stage"] = stage.facts | result.get("learned", {})
             if step.method.kind != "calibrate":
                 state.finish(result)
             self.folder.event("step_done", key=step.key, **stage.facts)

@@ -3,7 +3,7 @@
 import torch
 
 from qtool.linalg.hadamard import mean_keeping_rotation, random_orthogonal
-from qtool.linalg.stiefel import CayleySGD, cayley, skew_part
+from qtool.linalg.stiefel import CayleyAdam, CayleySGD, cayley, skew_part
 
 
 def generator() -> torch.Generator:
@@ -62,3 +62,25 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
     before = R.clone()
     CayleySGD([R], 0.9, [False]).step([torch.zeros(4, 4)], 1.5)
     assert torch.allclose(R, before)
+
+
+def test_adam_stays_orthogonal_and_does_not_ask_how_large_gradients_are() -> None:
+    random = generator()
+    A, target = torch.randn(40, 8, generator=random, dtype=torch.float64), near_identity(8, random)
+    found = []
+    for size in (1.0, 1e-6):
+        R = torch.eye(8, dtype=torch.float64)
+        optimizer = CayleyAdam([R], [False])
+        for step in range(200):
+            optimizer.step([size * A.T @ (A @ R - A @ target)], 0.02 * (1 - step / 200))
+            assert distance(R) < 1e-12
+        assert torch.allclose(R, target, atol=1e-3)
+        found.append(R)
+    assert torch.allclose(found[0], found[1], atol=1e-9)
+
+
+def test_adams_first_step_is_as_long_as_its_rate() -> None:
+    G = torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64)  # tangent at the identity, mean square 4.5
+    R = torch.eye(2, dtype=torch.float64)
+    CayleyAdam([R], [False]).step([G], 0.1)
+    assert torch.allclose(R, cayley(-0.1 * G / 4.5**0.5))

@@ -123,7 +123,7 @@ def test_a_run_learns_and_keeps_its_losses(tiny_model: TinyModel, tmp_path: Path
     learn: dict[str, object] = {"transform/spinquant": {"scheme": "w4a4", "steps": 4, "batch": 2}}
     run_recipe(recipe(folder, tmp_path, text, learn), tmp_path / "run", Silent())
     step = tmp_path / "run" / "state" / "01-transform-spinquant"
-    losses = yaml.safe_load((step / "done.json").read_text())["losses"]
+    losses = yaml.safe_load((step / "done.json").read_text())["learned"]["losses"]
     assert len(losses) == 5 and not (step / "rotations.safetensors").exists()
     found, expected = (logits_of(ModelHandle(ModelOptions(path=str(folder)), changes)) for changes in ((step,), ()))
     assert (found - expected).norm() < 1e-5 * expected.norm()
