@@ -55,6 +55,7 @@ class Method:
     schemes: tuple[str, ...] = ()  # a quantizer or export that takes few schemes: some of them, for the laws to try
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
+    parts_head: Callable[[Any], bool] | None = None  # (options): whether a head and an embedding that were one become two
     adds: str | Callable[[Any], str] = ""  # what its results hold that only exports that hold additions can write; by options
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
     key: str = ""

@@ -217,6 +217,7 @@ class ModelHandle:
                 module._buffers[name] = buffer.to(self.device)
         self.calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
+        self._is_parted = False
         self._final: tuple[str, Tensor] | None = None
 
     # ---- structure ----
@@ -228,10 +229,16 @@ class ModelHandle:
     @property
     def is_tied(self) -> bool:
         """Whether the output head and the embedding are one tensor: so the config says, and no change parts them."""
-        if not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+        if self._is_parted or not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return False
         path = self._changes_file("outer")
         return path is None or not load_names(path) & self._tied_names()
+
+    def parted(self) -> "ModelHandle":
+        """The same model, to plan with, as it will be once a step has made head and embedding two tensors."""
+        planned = copy.copy(self)
+        planned._is_parted = True
+        return planned
 
     def outer_names(self) -> list[str]:
         """Parameters that belong to no block: embeddings, last norm, head."""

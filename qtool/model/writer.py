@@ -232,7 +232,7 @@ def settings_of(model: ModelHandle, storage: Storage = DENSE) -> dict[str, str]:
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     config |= {"dtype": str(model.dtype).removeprefix("torch."), **storage.settings}
-    if not model.is_tied and model.config.get_text_config().tie_word_embeddings:  # a step has parted head and embedding
+    if not model.is_tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):  # a step has parted them
         for part in (config, *(config[name] for name in ("text_config",) if name in config)):
             part["tie_word_embeddings"] = False
     if storage.quantization is not None:

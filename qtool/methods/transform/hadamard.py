@@ -84,4 +84,21 @@ def adds(options: HadamardOptions) -> str:
     return "rotations of inputs" if options.online else ""
 
 
-METHOD = Method(run=hadamard, options=HadamardOptions, scope="model", adds=adds)
+def added_bytes(options: HadamardOptions, out: int, columns: int) -> int:
+    """Signs of one linear, where it is one whose input rotates."""
+    return columns if options.online else 0
+
+
+def parts_head(options: HadamardOptions) -> bool:
+    """The last norm's gain and the rotation go into the head alone."""
+    return options.residual
+
+
+METHOD = Method(
+    run=hadamard,
+    options=HadamardOptions,
+    scope="model",
+    adds=adds,
+    added_bytes=added_bytes,
+    parts_head=parts_head,
+)

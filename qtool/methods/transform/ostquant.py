@@ -104,4 +104,23 @@ def adds(options: OstQuantOptions) -> str:
     return "rotations of inputs" if options.online else ""
 
 
-METHOD = Method(run=ostquant, options=OstQuantOptions, scope="model", needs=("inputs",), check=check, adds=adds)
+def added_bytes(options: OstQuantOptions, out: int, columns: int) -> int:
+    """Signs of one linear, where it is one whose input rotates."""
+    return columns if options.online else 0
+
+
+def parts_head(options: OstQuantOptions) -> bool:
+    """The last norm's gain and the rotation go into the head alone."""
+    return True
+
+
+METHOD = Method(
+    run=ostquant,
+    options=OstQuantOptions,
+    scope="model",
+    needs=("inputs",),
+    check=check,
+    adds=adds,
+    added_bytes=added_bytes,
+    parts_head=parts_head,
+)

@@ -112,3 +112,18 @@ def test_a_file_that_lacks_or_contradicts_a_linear_is_refused(exported: Export, 
 
     with pytest.raises(QtoolError, match=r"has no tensor .*q_proj\.weight \(1 missing\)"):
         change_tensors(folder, leave_out).block(0)
+
+
+def test_signs_of_a_rotation_that_are_none_are_refused(exported: Export, change_tensors: ChangeFile) -> None:
+    folder, name = exported("qtool", {"*": "w4a16g32"}), "model.layers.0.self_attn.o_proj"
+    for signs, message in (
+        (torch.zeros(64, dtype=torch.int8), r"o_proj\.rotation::signs is int8 \[64\], must be one sign"),
+        (torch.ones(64), r"o_proj\.rotation::signs is float32 \[64\], must be one sign"),
+        (torch.ones(32, dtype=torch.int8), "o_proj's input has 32 signs, must have 64"),
+    ):
+
+        def plant(tensors: dict[str, Any], signs: Tensor = signs) -> None:
+            tensors[f"{name}.rotation::signs"] = signs
+
+        with pytest.raises(QtoolError, match=message):
+            change_tensors(folder, plant).block(0)
