@@ -119,6 +119,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
         assert path.read_bytes() == other.read_bytes(), path.name
 
 
+def test_a_run_stopped_while_it_applies_does_not_learn_anew(
+    tiny_model: TinyModel, tmp_path: Path, interrupted: Callable[[int], Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn: dict[str, object] = {"transform/spinquant": {"scheme": "w4a4", "steps": 2, "batch": 2, "online": True}}
+    made = recipe(tiny_model("llama", dtype="bfloat16"), tmp_path, TEXT, learn)
+    run_recipe(made, tmp_path / "whole", Silent())
+    with pytest.raises(KeyboardInterrupt):  # the text, two updates, and the first block
+        run_recipe(made, tmp_path / "stopped", interrupted(4))
+    assert (tmp_path / "stopped" / "state" / "01-transform-spinquant" / "block_000.safetensors").is_file()
+    monkeypatch.setattr("qtool.pipeline.rotation.RotatedNetwork", None)
+    run_recipe(made, tmp_path / "stopped", Silent())
+    files = sorted((tmp_path / "whole" / "state").rglob("*.safetensors"))
+    assert [path.stem for path in files] == ["block_000", "block_001", "outer"]
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "stopped" / path.relative_to(tmp_path / "whole")).read_bytes(), path.name
+
+
 def test_exports_hold_rotations_of_inputs_or_refuse_them(tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf) -> None:
     folder = tiny_model("mixtral")
     steps: list[dict[str, object]] = [
