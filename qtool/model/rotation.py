@@ -159,9 +159,8 @@ def find_block_places(block: Block, sample: Tensor, with_scalings: bool = False)
         if before:
             readings[before[-1]] += [linear for linear in linears if linear.startswith(f"{name}.gate_up.")]
     readers = {name for names in readings.values() for name in names}
-    inputs = {name: shape_of(linear)[1] for name, linear in linears.items() if name not in readers and signs_of(linear) is None}
     writers = tuple(name for name, linear in linears.items() if name not in readers and shape_of(linear)[0] == width)
-    inputs = {name: columns for name, columns in inputs.items() if name in writers}
+    inputs = {name: shape_of(linears[name])[1] for name in writers if signs_of(linears[name]) is None}
     trial = Trial(block, sample)
     alone = [name for name in writers if not name.startswith(tuple(experts))]
     found = UnitPlaces(

@@ -12,7 +12,7 @@ orthogonal ones and online ones work in blocks, which is noted.
 Source: Ashkboos et al. 2024, arXiv:2404.00456, section 4. Differs: the rotation online before o_proj spans all of its input and
 not the heads alone; values have random signs of their own in every block; queries and keys stay as they are.
 For: before any scheme with four-bit inputs; of little use for weights alone.
-Costs: no calibration, two passes over the weights; online, a few operations for each input.
+Costs: no calibration, two passes over the weights, memory of three blocks in float64; online, a few operations for each input.
 """
 
 from collections.abc import Callable
