@@ -59,7 +59,8 @@ class Method:
     chooses: tuple[str, ...] = ()  # a quantizer: fields of the scheme that it sets itself, matrix by matrix
     chooses_inputs: bool = False  # a quantizer of linears that takes the whole scheme and returns that of inputs too
     operations: Callable[..., float] | None = None  # (options, out, in): of one linear, beyond one sweep over its columns
-    adds: str = ""  # a quantizer or factorization: what its results hold that only exports that hold additions can write
+    parts_head: Callable[[Any], bool] | None = None  # (options): whether a head and an embedding that were one become two
+    adds: str | Callable[[Any], str] = ""  # what its results hold that only exports that hold additions can write; by options
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
     key: str = ""
 
@@ -84,6 +85,10 @@ class Method:
         """The quantized tensor that such a quantizer returned, and the Scheme that it chose where `scheme` was asked for."""
         tensor, activations = result if self.chooses_inputs else (result, scheme.activations)
         return tensor, scheme.model_copy(update={"weights": tensor.scheme, "activations": activations})
+
+    def added(self, options: Options) -> str:
+        """What a run with these options adds that only exports that hold additions can write; empty where nothing."""
+        return self.adds(options) if callable(self.adds) else self.adds
 
     def needed(self, options: Options) -> Needs:
         """The statistics that a run with these options takes."""

@@ -57,6 +57,9 @@ from qtool.laws.model import (
     every_linear_of_the_block_is_quantized,
     exported_bytes_are_the_model,
     quantizing_a_block_is_deterministic,
+    rotating_is_deterministic,
+    rotating_keeps_every_unit,
+    rotations_are_orthogonal,
     the_blocks_error_is_no_worse_than_roundings,
     the_gradient_is_finite,
     the_loss_is_smallest_at_the_teacher,
@@ -115,6 +118,7 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
     ),
     ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
     ("transform", "block"): (transforming_keeps_the_output, transforming_is_deterministic),
+    ("transform", "model"): (rotations_are_orthogonal, rotating_keeps_every_unit, rotating_is_deterministic),
     ("transform", "linear"): (
         reshaping_keeps_mean_and_deviation,
         reshaping_keeps_the_order,

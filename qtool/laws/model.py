@@ -23,6 +23,8 @@ from qtool.formats.tensor import QuantizedTensor, quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
+from qtool.model.rotated_network import RotatedNetwork
+from qtool.model.rotation import Places, Rotations, Trial, block_edits, find_places, outer_change
 from qtool.model.sizes import export_size
 from qtool.model.store import save_changes
 from qtool.model.wiring import Edits, change_of_output, find_scalings
@@ -180,6 +182,69 @@ def transforming_is_deterministic(method: Method) -> None:
     with tiny_checkpoint() as folder:
         first, second = (transform_first_block(method, folder)[2] for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first), "two runs differ"
+
+
+# ---- transform, of a whole model ----
+
+
+def rotate_model(method: Method, folder: Path) -> tuple[ModelHandle, Places, Rotations]:
+    model = ModelHandle(ModelOptions(path=str(folder), dtype="float32", device="cpu"))
+    options = sample_options(method)
+    places = find_places(model, sample_tokens()[:1], with_scalings="inputs" in method.needed(options))
+    rotations: Rotations
+    if "inputs" in method.needed(options):
+        with model.materialized() as module:
+            network = RotatedNetwork(model, module.float(), places, sample_tokens())
+            rotations = method.run(places, network, options, 0, lambda text: None)
+    else:
+        rotations = method.run(places, options, 0, lambda text: None)
+    return model, places, rotations
+
+
+def rotations_are_orthogonal(method: Method) -> None:
+    """Every matrix keeps lengths, signs are ±1, scales are above zero, and something is rotated."""
+    with tiny_checkpoint() as folder:
+        _, _, rotations = rotate_model(method, folder)
+        residual = [] if rotations.residual is None else [rotations.residual]
+        matrices = [*residual, *(R for heads in rotations.heads.values() for R in heads)]
+        assert matrices or rotations.inputs, f"{method.key} rotates nothing"
+        for Q in matrices:
+            error = float((Q.T @ Q - torch.eye(len(Q), dtype=Q.dtype)).abs().max())
+            assert error <= 1e-5, f"a rotation of {len(Q)} is {error:.1e} away from an orthogonal matrix"
+        for name, signs in rotations.inputs.items():
+            assert bool((signs.abs() == 1).all()), f"{name}: signs are not ±1"
+        for name, s in rotations.scales.items():
+            assert bool((s > 0).all()), f"{name}: scales are not above zero"
+
+
+def rotating_keeps_every_unit(method: Method) -> None:
+    """Every block, embedding and head, on rotated input, give their output rotated; something was edited."""
+    with tiny_checkpoint() as folder:
+        model, places, rotations = rotate_model(method, folder)
+        tokens, units = sample_tokens()[:1], iter(places.blocks)
+        hidden = model.embed(tokens)
+        for block in model.blocks():
+            edits = block_edits(block, next(units), rotations)
+            assert edits, f"{method.key} edits nothing in {block.name}"
+            change = Trial(block, hidden).change(edits, rotations)
+            assert change <= UNCHANGED, f"the output of {block.name} changes by {change:.1e}"
+            hidden = block.forward(hidden)
+        if rotations.residual is not None:
+            with model.outer():
+                edits = block_edits(Block(model, -1, model.model, ""), places.outer, rotations)
+            change = outer_change(model, tokens, hidden, edits, rotations.residual)
+            assert change <= UNCHANGED, f"embedding or head change by {change:.1e}"
+
+
+def rotating_is_deterministic(method: Method) -> None:
+    """Two runs with one seed give the same bits."""
+    with tiny_checkpoint() as folder:
+        first, second = (rotate_model(method, folder)[2] for _ in range(2))
+        pairs = [(first.residual, second.residual)] if first.residual is not None else []
+        pairs += [(first.heads[name], second.heads[name]) for name in first.heads]
+        pairs += [(first.inputs[name], second.inputs[name]) for name in first.inputs]
+        pairs += [(first.scales[name], second.scales[name]) for name in first.scales]
+        assert all(b is not None and torch.equal(a, b) for a, b in pairs), "two runs differ"
 
 
 # ---- distill ----

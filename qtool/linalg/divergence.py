@@ -23,6 +23,12 @@ def kl(original: Tensor, changed: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def kl_of_largest(original: Tensor, changed: Tensor, k: int) -> Tensor:
+    """KL in nats [...] of logits [..., vocab] over the k that are largest in `original`, both made to sum to 1 there."""
+    places = original.topk(min(k, original.shape[-1]), -1).indices  # [..., k]
+    return kl(original.gather(-1, places), changed.gather(-1, places))
+
+
 def log_likelihood_of_draws(logits: Tensor, random: torch.Generator) -> Tensor:
     """sum over positions t of log p(y_t), y_t drawn from p, of logits [positions, vocab]; gradients reach the logits."""
     log_p = logits.float().log_softmax(-1)  # [positions, vocab]

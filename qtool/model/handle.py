@@ -25,10 +25,12 @@ from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import KvScheme, Scheme
 from qtool.layers.experts import Experts, is_fused
 from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
+from qtool.layers.rotated_input import carry_rotation, rotate_input
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
@@ -38,12 +40,14 @@ from qtool.model.rounded_attention import quantize_by_kivi, round_attention
 from qtool.model.store import (
     INPUTS,
     LOW_RANK,
+    ROTATION,
     ROUNDING,
     Changes,
     additions_among,
     load_additions,
     load_cache,
     load_changes,
+    load_names,
     load_rounding,
     load_schemes,
 )
@@ -77,7 +81,11 @@ class Block:
         return self.module.get_submodule(name.removeprefix(f"{self.name}."))
 
     def put(self, name: str, layer: nn.Module) -> None:
-        """Let `layer` stand at a full name inside the block."""
+        """Let `layer` stand at a full name inside the block; it rotates its input where what stood there did."""
+        carry_rotation(self.get(name), layer)
+        self._set(name, layer)
+
+    def _set(self, name: str, layer: nn.Module) -> None:
         path, _, last = name.removeprefix(f"{self.name}.").rpartition(".")
         setattr(self.module.get_submodule(path), last, layer)
 
@@ -91,7 +99,7 @@ class Block:
             yield
         finally:
             for name, layer in before.items():
-                self.put(name, layer)
+                self._set(name, layer)
 
     @property
     def head_dim(self) -> int | None:
@@ -219,6 +227,7 @@ class ModelHandle:
                 module._buffers[name] = buffer.to(self.device)
         self.calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
+        self._is_parted = False
         self._final: tuple[str, Tensor] | None = None
 
     # ---- structure ----
@@ -229,8 +238,17 @@ class ModelHandle:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output head and the embedding are one tensor."""
-        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        """Whether the output head and the embedding are one tensor: so the config says, and no change parts them."""
+        if self._is_parted or not getattr(self.config.get_text_config(), "tie_word_embeddings", False):
+            return False
+        path = self._changes_file("outer")
+        return path is None or not load_names(path) & self._tied_names()
+
+    def parted(self) -> "ModelHandle":
+        """The same model, to plan with, as it will be once a step has made head and embedding two tensors."""
+        planned = copy.copy(self)
+        planned._is_parted = True
+        return planned
 
     def outer_names(self) -> list[str]:
         """Parameters that belong to no block: embeddings, last norm, head."""
@@ -258,9 +276,12 @@ class ModelHandle:
 
     def stored_names(self) -> set[str]:
         """Parameters that a checkpoint stores: all but a head that is tied to the embedding."""
-        names = {name for name, _ in self.model.named_parameters()}
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return names - set(tied) if self.is_tied else names
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return names - self._tied_names() if self.is_tied else names
+
+    def _tied_names(self) -> set[str]:
+        """Parameters that are the embedding itself where head and embedding are tied."""
+        return set(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     def _blocks_list(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
@@ -301,6 +322,9 @@ class ModelHandle:
                         factors[full] = reader.read_low_rank(self.checkpoint, full, self.quantization)
                         inputs[full] = reader.read_inputs(self.checkpoint, full, self.quantization)
                         self._place_quantized(root, name, *quantized, factors[full], inputs[full])
+                    rotation = reader.read_rotation(self.checkpoint, prefix + name, self.quantization)
+                    if rotation is not None:
+                        self._place_rotation(root, name, rotation)
             for name in attentions_of(root) if prefix else ():
                 if (cache := reader.read_cache(self.checkpoint, prefix + name, self.quantization)) is not None:
                     self._place_cache(root, name, cache)
@@ -318,6 +342,8 @@ class ModelHandle:
                 self._place_cache(root, name.removeprefix(prefix), value)
             elif isinstance(value, AttentionRounding):
                 round_attention(root.get_submodule(name.removeprefix(prefix).removesuffix(ROUNDING)), value)
+            elif isinstance(value, InputRotation):
+                self._place_rotation(root, name.removesuffix(ROTATION).removeprefix(prefix), value)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""
@@ -452,7 +478,8 @@ class ModelHandle:
 
     def _load_outer(self) -> None:
         self.load(self.model, "", "outer")
-        self.model.tie_weights()
+        if self.is_tied:
+            self.model.tie_weights()
         missing = [name for name in self.outer_names() if _get(self.model, name).is_meta]
         if missing:
             raise QtoolError(f"model: {self.folder} has no tensor {missing[0]}; is it the right checkpoint?")
@@ -484,6 +511,7 @@ class ModelHandle:
             raise QtoolError(f"model: {self.folder}: {name} is {is_}, the config makes it {must}; is it the right checkpoint?")
         bias = getattr(old, "bias", None)
         layer = QuantLinear(quantized, bias, scheme.activations, low_rank, inputs).to(self.device)
+        carry_rotation(old, layer)
         owner.register_module(last, layer)
 
     def _place_cache(self, root: nn.Module, name: str, cache: CacheScales | KiviScheme) -> None:
@@ -491,6 +519,15 @@ class ModelHandle:
             quantize_by_kivi(root.get_submodule(name), cache)
         else:
             quantize_cache(root.get_submodule(name), cache.to(self.device))
+
+    def _place_rotation(self, root: nn.Module, name: str, rotation: InputRotation) -> None:
+        linear = root.get_submodule(name)
+        if len(rotation.signs) != shape_of(linear)[1]:
+            raise QtoolError(
+                f"model: {self.folder}: the rotation of {name}'s input has {len(rotation.signs)} signs, must have "
+                f"{shape_of(linear)[1]}; is it the right checkpoint?"
+            )
+        rotate_input(linear, rotation.signs.to(self.device))
 
     # ---- running ----
 
@@ -512,7 +549,7 @@ class ModelHandle:
             self._enter_blocks(self.block(0), torch.zeros(shape, dtype=torch.int64))
         self.release(0)
 
-    def _enter_blocks(self, first: Block, batch: Tensor) -> Tensor:
+    def _enter_blocks(self, first: Block | None, batch: Tensor) -> Tensor:
         """The first block's input for batch [batch, length]; fills `calls` for a batch shape not seen before."""
         shape = tuple(batch.shape)
         entered: list[Tensor] = []
@@ -522,6 +559,7 @@ class ModelHandle:
             entered.append(hidden.cpu())
             if shape in self.calls:
                 raise _Stop
+            assert first is not None, "a batch shape not seen before needs the first block"
             out = type(first.module).forward(first.module, hidden, *args, **kwargs)
             self._returns_tuple = isinstance(out, tuple)
             return follow(hidden, *args, **kwargs)
@@ -536,6 +574,22 @@ class ModelHandle:
         with self._blocks_replaced(begin, follow), contextlib.suppress(_Stop):
             self.model(batch.to(self.device), use_cache=False)
         return entered[0]
+
+    @torch.no_grad()
+    def enter(self, batch: Tensor) -> Tensor:
+        """The first block's input for tokens [batch, length] of a shape embedded before; call inside `outer()`."""
+        assert tuple(batch.shape) in self.calls, "embed() learns how blocks are called"
+        return self._enter_blocks(None, batch)
+
+    def widen_outer(self, name: str) -> None:
+        """Let one parameter outside the blocks be float64, and a tensor of its own, until `outer()` ends."""
+        tensor = _get(self.model, name)
+        if tensor.is_floating_point():
+            self._place(self.model, name, tensor.detach().double())
+
+    def put_outer(self, name: str, value: Tensor) -> None:
+        """Let one parameter outside the blocks be `value` until `outer()` ends."""
+        self._place(self.model, name, value)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output [batch, length, hidden] to logits [batch, length, vocab]; call inside `outer()`.

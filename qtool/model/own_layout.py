@@ -2,6 +2,7 @@
 
     NAME.weight::PART    each part of the quantized weight; NAME.low_rank::PART    of its low-rank factors
     NAME.inputs::PART    of the static scales of its inputs
+    NAME.rotation::signs [in] int8, ±1    where the linear, quantized or dense, rotates its input
     NAME.weight::facts [bytes] uint8, JSON:
         {"scheme": ..., "facts": ..., "columns": [...], "weight": {PART: [dtype, shape]}, "low_rank": {...}, "inputs": {...}}
 See qtool/model/store.py for the parts and for scheme, facts and columns.
@@ -20,11 +21,21 @@ from qtool.errors import QtoolError
 from qtool.formats.inputs import InputScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import n_words_of
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
-from qtool.model.store import INPUTS, LOW_RANK, in_json, low_rank_parts, quantized_facts, quantized_parts, restore_quantized
+from qtool.model.store import (
+    INPUTS,
+    LOW_RANK,
+    ROTATION,
+    in_json,
+    low_rank_parts,
+    quantized_facts,
+    quantized_parts,
+    restore_quantized,
+)
 
-VERSION = 3  # 2: with a quantized cache, or attentions that round; 3: with static scales of inputs
+VERSION = 3  # 2: with a quantized cache, or attentions that round; 3: with static scales or rotations of inputs
 FACTS = "facts"
 Form = tuple[str, tuple[int, ...]]  # dtype and shape
 Read = Callable[[list[str]], dict[str, Tensor]]  # those of the named tensors that there are
@@ -118,6 +129,18 @@ def unpack_inputs(stored: StoredLinear, read: Read) -> InputScales | None:
             "checkpoint is damaged, export it again"
         )
     return InputScales(scheme, parts["scale"], parts.get("zero"))
+
+
+def unpack_rotation(name: str, read: Read) -> InputRotation | None:
+    """The rotation of the linear's input, None where there is none; raises QtoolError where its signs are none."""
+    key = f"{name}{ROTATION}::signs"
+    signs = read([key]).get(key)
+    if signs is None:
+        return None
+    if signs.dtype != torch.int8 or signs.ndim != 1 or not bool((signs.abs() == 1).all()):
+        is_ = f"{_form(signs)[0]} {list(signs.shape)}"
+        raise QtoolError(f"model: {key} is {is_}, must be one sign, int8, for each input; the checkpoint is damaged")
+    return InputRotation(signs)
 
 
 def _form(tensor: Tensor) -> Form:

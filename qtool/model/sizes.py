@@ -54,7 +54,8 @@ def export_size(
 def checkpoint_size(model: ModelHandle, schemes: dict[str, Scheme], storage: Storage, additions: dict[str, int]) -> int:
     """Bytes of the folder that write_checkpoint will fill, the linears in `schemes` quantized."""
     stored = model.stored_names()
-    dense = {name: p.numel() * model.dtype.itemsize for name, p in model.model.named_parameters() if name in stored}
+    parameters = model.model.named_parameters(remove_duplicate=False)
+    dense = {name: p.numel() * model.dtype.itemsize for name, p in parameters if name in stored}
     names, tensors = list(dense), sum(dense.values())
     if storage.encode is not None:
         packed: dict[object, tuple[int, int]] = {}

@@ -3,9 +3,9 @@
 A quantized weight `name` is stored as `name::codes` (packed int32), `name::scale`, `name::zero` and so on, see `parts` of
 QuantizedTensor, its scheme in the header; scales that are quantized themselves are stored as their codes; the
 low-rank part of a linear as `linear.low_rank::left`, `::right` and, where it has one, `::scale`; static scales of its inputs as
-`linear.inputs::scale` and, where there are zero points, `::zero`; the scales of a quantized cache as `attention::k_scale` and
-`::v_scale`; how KIVI keeps a cache, which has no tensor, in the header alone, and so does what an attention rounds, which
-changes name `attention.rounding`.
+`linear.inputs::scale` and, where there are zero points, `::zero`; the signs of a rotation of its input as
+`linear.rotation::signs`; the scales of a quantized cache as `attention::k_scale` and `::v_scale`; how KIVI keeps a cache, which
+has no tensor, in the header alone, and so does what an attention rounds, which changes name `attention.rounding`.
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
@@ -26,15 +26,18 @@ from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
 from qtool.formats.packing import unpack_codes
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scales import scale_codes, single_scale
 from qtool.formats.scheme import KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor, code_dtype
 from qtool.model.checkpoint import open_file
 
-Stored = Tensor | LowRank | InputScales | CacheScales | KiviScheme | AttentionRounding | tuple[QuantizedTensor, Scheme]
+OfLinear = Tensor | LowRank | InputScales | InputRotation | tuple[QuantizedTensor, Scheme]
+Stored = OfLinear | CacheScales | KiviScheme | AttentionRounding
 Changes = dict[str, Stored]
 LOW_RANK = ".low_rank"  # after the name of a linear, where its weight has `.weight`
-INPUTS = ".inputs"  # likewise
+INPUTS = ".inputs"  # likewise, of its static scales
+ROTATION = ".rotation"  # likewise, of a rotation of its input
 ROUNDING = ".rounding"  # after the name of an attention
 
 
@@ -75,6 +78,8 @@ def save_changes(path: Path, changes: Changes) -> None:
             attentions[name] = value
         elif isinstance(value, InputScales):
             tensors |= {f"{name}::{part}": tensor.clone() for part, tensor in value.parts().items()}  # several linears' own
+        elif isinstance(value, InputRotation):
+            tensors[f"{name}::signs"] = value.signs
         elif isinstance(value, LowRank):
             tensors |= {f"{name}::{part}": tensor for part, tensor in low_rank_parts(value).items()}
         else:
@@ -170,12 +175,19 @@ def additions_among(names: Iterable[str]) -> dict[str, str]:
     """Linears that have more than codes, scales and zero points by the names of what is stored: what more."""
     marks = {
         f"{LOW_RANK}::left": "low-rank factors",
+        f"{ROTATION}::signs": "rotation of the input",
         ".weight::outlier_values": "outliers",
         ".weight::salient_columns": "salient columns",
         ".weight::column_scale": "column scales",
     }
     listed = list(names)
     return {name.removesuffix(mark): what for mark, what in marks.items() for name in listed if name.endswith(mark)}
+
+
+def load_names(path: Path) -> set[str]:
+    """Names of what one block's changes hold, dense or quantized; reads the file's header alone."""
+    with open_file(path) as file:
+        return {name.split("::")[0] for name in file.keys()}
 
 
 def load_changes(path: Path) -> Changes:
@@ -201,4 +213,6 @@ def load_changes(path: Path) -> Changes:
         rounding = Scheme.model_validate(facts["weights"][f"{name.removesuffix(INPUTS)}.weight"]["scheme"]).activations
         assert rounding is not None, f"{name}: a linear with static scales rounds its inputs"
         changes[name] = InputScales(rounding, tensors[f"{name}::scale"], tensors.get(f"{name}::zero"))
+    for name in (name.removesuffix("::signs") for name in tensors if name.endswith(f"{ROTATION}::signs")):
+        changes[name] = InputRotation(tensors[f"{name}::signs"])
     return changes

@@ -48,7 +48,7 @@ class Scaling:
 
 def find_groups(block: Block, sample: Tensor) -> list[Group]:
     """Groups of a block's linears from one forward of sample [1, length, hidden]."""
-    groups, _ = _trace(block, sample)
+    groups, _ = trace(block, sample)
     known = set(block.linears())
     kept = [Group(tuple(name for name in group.linears if name in known), group.norm) for group in groups]
     return [group for group in kept if group.linears]
@@ -56,7 +56,7 @@ def find_groups(block: Block, sample: Tensor) -> list[Group]:
 
 def find_scalings(block: Block, sample: Tensor) -> list[Scaling]:
     """Every scaling of the block that leaves its output unchanged; sample [1, length, hidden]."""
-    groups, order = _trace(block, sample)
+    groups, order = trace(block, sample)
     wide = _WideBlock(block, sample)
     found = []
     for group in groups:
@@ -64,7 +64,7 @@ def find_scalings(block: Block, sample: Tensor) -> list[Scaling]:
             width = cast(Tensor, block.get(group.norm).weight).numel()
             candidates = [Scaling(group.norm, group.linears, torch.arange(width))]
         else:
-            candidates = _linear_sources(block, group, order)
+            candidates = linear_sources(block, group, order)
         allowed = next((scaling for scaling in candidates if wide.allows(scaling)), None)
         if allowed is not None:
             found.append(replace(allowed, takes_shift=wide.allows_shift(allowed)))
@@ -133,7 +133,7 @@ def oriented(layer: nn.Module, value: Tensor) -> Tensor:
     return (value.T if isinstance(layer, Conv1D) and value.ndim == 2 else value).contiguous()
 
 
-def _linear_sources(block: Block, group: Group, order: list[str]) -> list[Scaling]:
+def linear_sources(block: Block, group: Group, order: list[str]) -> list[Scaling]:
     """Linears called before the group whose channels could be the group's input channels, latest first."""
     if not is_linear(block.get(group.linears[0])):
         return []
@@ -151,7 +151,7 @@ def _linear_sources(block: Block, group: Group, order: list[str]) -> list[Scalin
     return candidates
 
 
-def _trace(block: Block, sample: Tensor) -> tuple[list[Group], list[str]]:
+def trace(block: Block, sample: Tensor) -> tuple[list[Group], list[str]]:
     """Groups in call order (routers included), and the names of all weighted layers in call order."""
     kept: list[Tensor] = []  # keeps every seen tensor alive, so that no address is used twice
     inputs: dict[str, tuple[int, ...]] = {}

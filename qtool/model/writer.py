@@ -24,8 +24,10 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.layers.experts import Experts
 from qtool.layers.quant_linear import QuantLinear
+from qtool.layers.rotated_input import rotate_back, signs_of
 from qtool.model.handle import ModelHandle
-from qtool.model.store import write_atomically, write_text
+from qtool.model.linear import is_linear, weight_of
+from qtool.model.store import ROTATION, write_atomically, write_text
 
 SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {
@@ -49,13 +51,15 @@ class Storage:
     `encode` gives the tensors of a quantized linear of some full name, an expert's too, by transformers' names, and whether
     they decode to its very weights; without it, they are decoded to dense ones. `quantization` becomes config.json's
     quantization_config, and `settings` more of its fields; `files` are further JSON files by name. `describe` gives what the
-    metadata of the safetensors files is to say of tensors, by the names that they are stored under.
+    metadata of the safetensors files is to say of tensors, by the names that they are stored under. `holds_rotations`:
+    rotations of inputs are stored; else the weights take them back.
     """
 
     encode: Encode | None = None
     quantization: dict[str, Any] | None = None
     describe: Describe | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    holds_rotations: bool = False
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -157,7 +161,8 @@ def write_checkpoint(model: ModelHandle, out: Path, storage: Storage = DENSE, sh
     Raises QtoolError where the disk refuses.
     """
     writer, is_lossless, describe = ShardWriter(out, shard_bytes), True, storage.describe
-    for tensors, is_exact in unit_tensors(model, storage.encode or decoder(model), fuses_experts=storage.encode is None):
+    encode, fuses_experts = storage.encode or decoder(model), storage.encode is None
+    for tensors, is_exact in unit_tensors(model, encode, fuses_experts, storage.holds_rotations):
         is_lossless &= is_exact
         renamed = as_stored(model, tensors)
         writer.add(renamed, describe and describe(renamed))
@@ -193,15 +198,17 @@ def packed_by(pack: Pack, where: str, dtype: torch.dtype) -> Encode:
     return encode
 
 
-def unit_tensors(model: ModelHandle, encode: Encode, fuses_experts: bool) -> Iterator[tuple[dict[str, Tensor], bool]]:
+def unit_tensors(
+    model: ModelHandle, encode: Encode, fuses_experts: bool, holds_rotations: bool = False
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
     """The tensors outside the blocks, then each block's, by transformers' names, and whether `encode` kept all of the unit.
 
     One unit is in memory at a time.
     """
     with model.outer():
-        yield _tensors(model, model.model, "", encode, fuses_experts)
+        yield _tensors(model, model.model, "", encode, fuses_experts, holds_rotations)
     for block in model.blocks():
-        yield _tensors(model, block.module, f"{block.name}.", encode, fuses_experts)
+        yield _tensors(model, block.module, f"{block.name}.", encode, fuses_experts, holds_rotations)
 
 
 def write_settings(model: ModelHandle, out: Path, storage: Storage = DENSE) -> None:
@@ -225,6 +232,9 @@ def settings_of(model: ModelHandle, storage: Storage = DENSE) -> dict[str, str]:
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     config |= {"dtype": str(model.dtype).removeprefix("torch."), **storage.settings}
+    if not model.is_tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):  # a step has parted them
+        for part in (config, *(config[name] for name in ("text_config",) if name in config)):
+            part["tie_word_embeddings"] = False
     if storage.quantization is not None:
         config["quantization_config"] = storage.quantization
     files = {"config.json": config, **storage.files}
@@ -243,7 +253,7 @@ def rope_settings(model: ModelHandle) -> dict[str, Any]:
 
 
 def _tensors(
-    model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool
+    model: ModelHandle, root: nn.Module, prefix: str, encode: Encode, fuses_experts: bool, holds_rotations: bool
 ) -> tuple[dict[str, Tensor], bool]:
     """Every tensor under root by transformers' names, a tied one once; decoder blocks inside root are left out."""
     persistent = set(root.state_dict())
@@ -262,13 +272,21 @@ def _tensors(
             is_lossless &= is_exact
             if module.bias is not None:
                 found[f"{full}bias"] = module.bias
+            if holds_rotations and (signs := signs_of(module)) is not None:
+                found[f"{full.removesuffix('.')}{ROTATION}::signs"] = signs
             return
         if isinstance(module, Experts) and fuses_experts:
             for side, linears in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
                 weights = [_dense(linear, model.dtype) for linear in linears]
                 found[full + side] = torch.stack(weights)  # [experts, out, in]
-                is_lossless &= all(not isinstance(linear, QuantLinear) or linear.low_rank is None for linear in linears)
+                is_lossless &= all(_is_kept(linear) for linear in linears)
             return
+        if is_linear(module) and (signs := signs_of(module)) is not None:
+            if holds_rotations:
+                found[f"{full.removesuffix('.')}{ROTATION}::signs"] = signs
+            else:
+                found[f"{full}weight"], is_lossless = _dense(module, model.dtype), False
+                taken.add(id(module.get_parameter("weight")))
         for local, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if name + local in persistent and id(tensor) not in taken:
                 taken.add(id(tensor))
@@ -285,14 +303,25 @@ def decoder(model: ModelHandle) -> Encode:
     transposed = {name for name, module in model.model.named_modules() if isinstance(module, Conv1D)}
 
     def decode(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], bool]:
-        W = layer.weight_values(model.dtype)  # [out, in]
-        return {f"{name}.weight": W.T if name in transposed else W}, layer.low_rank is None
+        W = _dense(layer, model.dtype)  # [out, in]
+        return {f"{name}.weight": W.T if name in transposed else W}, _is_kept(layer)
 
     return decode
 
 
 def _dense(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weights as the linear's class keeps them, [out, in] of a quantized one, a rotation of its input taken back."""
+    signs = signs_of(linear)
     if isinstance(linear, QuantLinear):
-        return linear.weight_values(dtype)
-    assert isinstance(linear, nn.Linear)
-    return linear.weight
+        W = linear.weight_values(dtype if signs is None else torch.float32)
+        return W if signs is None else rotate_back(W, signs).to(dtype)
+    assert isinstance(linear, (nn.Linear, Conv1D))
+    if signs is None:
+        return linear.weight
+    W = rotate_back(weight_of(linear), signs).to(dtype)
+    return W.T if isinstance(linear, Conv1D) else W
+
+
+def _is_kept(linear: nn.Module) -> bool:
+    """Whether a dense weight holds all of a linear: no rank that rounding takes from, no rotation to take back."""
+    return signs_of(linear) is None and not (isinstance(linear, QuantLinear) and linear.low_rank is not None)

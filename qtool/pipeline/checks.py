@@ -21,8 +21,8 @@ from qtool.recipe import Recipe, Step
 def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
     model, search = ModelHandle(recipe.model), None
-    for step in recipe.steps:
-        check_step(step, model, search)
+    for index, step in enumerate(recipe.steps):
+        check_step(step, planned_model(model, recipe.steps[:index]), search)
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     return model
@@ -58,6 +58,7 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
     """
     for index, step in enumerate(steps):
         if step.method.kind == "export":
+            model = planned_model(model, steps[:index])
             with located(step):
                 check_additions(step, model)
                 check_cache(step, model)
@@ -132,6 +133,12 @@ def located(step: Step) -> Iterator[None]:
             f"{step.where}: {step.key}: the memory does not suffice ({str(error).splitlines()[0][:200]}); use fewer or "
             "shorter samples, true_sequential: false where the step has it, or a machine with more"
         ) from error
+
+
+def planned_model(model: ModelHandle, steps: Sequence[Step]) -> ModelHandle:
+    """The model as `steps` leave it, as far as head and embedding may have become two tensors."""
+    parts = (step.method.parts_head is not None and step.method.parts_head(step.options) for step in steps)
+    return model.parted() if any(parts) else model
 
 
 def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | KiviScheme | None:

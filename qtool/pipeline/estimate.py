@@ -15,8 +15,10 @@ import torch
 
 from qtool.calibration.tokens import TextOptions, read_tokens
 from qtool.formats.allocation import SearchOptions, stored_bytes
+from qtool.formats.rotations import LearnedRotations
 from qtool.formats.scheme import SchemeSelection
 from qtool.model.handle import BATCH, ModelHandle
+from qtool.model.rotated_network import CHECKS, JUDGED
 from qtool.options import BlockTuning, Curvature, Options, Selection, Sequential, TrainingOptions
 from qtool.recipe import CHANGING, Step
 
@@ -107,6 +109,8 @@ def changing_cost(model: ModelHandle, step: Step, sizes: Sizes, calibration: tup
         memory += 4 * 4 * options.batch / options.accumulate * length * sizes.vocab
         written = options.generate * length * sizes.all * FORWARD * ALONE
         return Cost(step.key, options.steps * options.batch * window + written, memory, sizes.all * sizes.itemsize)
+    if (method.kind, method.scope) == ("transform", "model"):
+        return rotation_cost(step, sizes, calibration)
     passes = 0 if not (needs or method.scope in ("block", "cache", "inputs")) else 2
     twin = method.kind != "transform" and (method.scope == "block" or "drift" in needs)
     operations: float = (passes + twin) * n_tokens * sizes.blocks * FORWARD
@@ -128,6 +132,18 @@ def changing_cost(model: ModelHandle, step: Step, sizes: Sizes, calibration: tup
                 operations += linear_operations(step, out, columns, n_tokens)
                 largest = max(largest, out * columns, *(columns**2 for _ in needs))
     return Cost(step.key, operations, memory + 5 * 4 * largest, changes_bytes(model, options, sizes))
+
+
+def rotation_cost(step: Step, sizes: Sizes, calibration: tuple[int, ...]) -> Cost:
+    """Of rotations of the whole model: products with each weight in float64, and what learning them takes before."""
+    fold = FORWARD * sizes.all * sizes.hidden  # operations
+    operations, memory = 2.0 * 2 * fold, held(sizes) + 3 * 8 * float(max(sizes.block, sizes.outer))
+    if isinstance(options := step.options, LearnedRotations):
+        tokens = options.batch * calibration[1]
+        judged = (CHECKS + 1) * min(JUDGED, calibration[0]) * calibration[1]
+        operations += options.steps * 3 * fold + (options.steps * tokens * (FORWARD + BACKWARD) + judged * FORWARD) * sizes.all
+        memory += 3.0 * 4 * sizes.all + 4.0 * 4 * tokens * (sizes.vocab + sizes.widest * sizes.blocks / max(sizes.block, 1))
+    return Cost(step.key, operations, memory, sizes.all * sizes.itemsize)
 
 
 def changes_bytes(model: ModelHandle, options: Options, sizes: Sizes) -> float:

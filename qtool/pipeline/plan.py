@@ -15,7 +15,7 @@ from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import Serving, servings
 from qtool.model.sizes import export_size
 from qtool.options import Selection
-from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_rounding, planned_schemes
+from qtool.pipeline.checks import check_recipe, located, planned_cache, planned_model, planned_rounding, planned_schemes
 from qtool.pipeline.estimate import Cost, estimate, rate_of
 from qtool.recipe import Recipe, Step
 
@@ -92,6 +92,7 @@ def cache_bytes(model: ModelHandle, cache: KvScheme | KiviScheme | None) -> floa
 
 def plan_export(model: ModelHandle, before: Sequence[Step], step: Step) -> PlannedExport:
     """One export of what the steps before it make."""
+    model = planned_model(model, before)
     outcomes = list(planned_schemes(model, before))
     sizes = [export_size(step.method, model, schemes, step.options, additions(schemes, model, before)) for schemes in outcomes]
     searches = [one.options for one in before if isinstance(one.options, SearchOptions)]
@@ -109,6 +110,9 @@ def additions(schemes: dict[str, Scheme], model: ModelHandle, steps: Sequence[St
     found: dict[str, dict[str, int]] = {name: {} for name in schemes}
     for step in steps:
         options, tell = step.options, step.method.added_bytes
+        if step.method.kind == "transform" and tell is not None:
+            for name in schemes:
+                found[name]["transform"] = tell(options, *model.linear_shape(name))
         if step.method.kind in ("quantize", "factorize") and isinstance(options, Selection):
             for name in schemes:
                 if not options.is_ignored(name):

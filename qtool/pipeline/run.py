@@ -28,6 +28,7 @@ from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
@@ -86,7 +87,7 @@ class Run:
         if result is None or step.method.kind == "calibrate":
             with located(step), Stage(step.key) as stage:
                 result = self._work(step, state)
-            result["stage"] = stage.facts
+            result["stage"] = stage.facts | result.get("learned", {})
             if step.method.kind != "calibrate":
                 state.finish(result)
             self.folder.event("step_done", key=step.key, **stage.facts)
@@ -132,6 +133,8 @@ class Run:
         if method.kind in CHANGING:
             if isinstance(options, SchemeSelection) and options.scheme == "search":
                 options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
+            if (method.kind, method.scope) == ("transform", "model"):
+                return run_rotation(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
             unquantized = self._unquantized if method.kind == "factorize" else None
             return run_blockwise(
                 self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress, unquantized
@@ -298,12 +301,12 @@ def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, 
     changed: dict[str, Any] = {}
     for unit in [*(f"block_{index:03d}" for index in range(compressed.n_blocks)), "outer"]:
         changed |= compressed.unit_changes(unit)
-    counted = original.stored_names()
-    for name, p in original.model.named_parameters():
-        if name not in counted:
+    counted, kept = original.stored_names(), compressed.stored_names()
+    for name, p in original.model.named_parameters(remove_duplicate=False):
+        if name not in kept:
             continue
         size = p.numel() * original.dtype.itemsize
-        before += size
+        before += size if name in counted else 0  # a transform may part the head from the embedding
         value = changed.get(name)
         if value is None or isinstance(value, Tensor):
             after += size

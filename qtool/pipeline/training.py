@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qtool.errors import QtoolError
 from qtool.layers.learned_codes import LearnedCodes
 from qtool.layers.quant_linear import QuantLinear
+from qtool.layers.rotated_input import carry_rotation
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import is_linear
 from qtool.model.store import Changes, save_changes, write_atomically
@@ -142,7 +143,8 @@ def learn_codes(where: str, student: nn.Module) -> dict[str, LearnedCodes]:
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let `layer` stand at a full name."""
+    """Let `layer` stand at a full name; it rotates its input where what stood there did."""
+    carry_rotation(model.get_submodule(name), layer)
     path, _, last = name.rpartition(".")
     setattr(model.get_submodule(path), last, layer)
 

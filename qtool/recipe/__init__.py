@@ -248,10 +248,11 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             if quantized is not None:
                 text = f"{method.key} chooses schemes of dense linears, but {quantized} quantizes before it; put it first"
                 problems.append((key.start_mark, text))
+        if (method.kind, method.scope) == ("transform", "model") and quantized is not None:
+            text = f"{method.key} rotates dense weights, but {quantized} quantizes before it; put it first"
+            problems.append((key.start_mark, text))
         if method.kind == "quantize":
             quantized = quantized or place(key.start_mark)
-        if method.adds:
-            additions[method.key] = method.adds
         if method.kind == "factorize" and changed != "quantize":
             text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
             problems.append((key.start_mark, text))
@@ -259,7 +260,10 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
-        is_always_fed = method.scope in ("cache", "inputs") or (method.kind in ALWAYS_FED and method.scope != "linear")
+        if options is not None and (what := method.added(options)):
+            additions[method.key] = what
+        is_unfed = method.scope == "linear" or (method.kind, method.scope) == ("transform", "model")
+        is_always_fed = method.scope in ("cache", "inputs") or (method.kind in ALWAYS_FED and not is_unfed)
         needs_text = is_always_fed or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))

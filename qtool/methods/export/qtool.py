@@ -3,6 +3,7 @@
     NAME.weight::codes [out, words] int32, packed    NAME.weight::scale    NAME.weight::zero    NAME.weight::second ...
     NAME.low_rank::left [out, rank]    NAME.low_rank::right [rank, in]    NAME.low_rank::scale [rank]
     NAME.inputs::scale [1]    NAME.inputs::zero [1], of inputs with static scales
+    NAME.rotation::signs [in] int8, where the linear, a dense one too, rotates its input
     NAME.weight::facts [bytes] uint8, JSON: schemes, numbers of the tensor, and dtype and shape of each of its parts
 The tensors are those that a run keeps of its steps (qtool/model/store.py), so that nothing is rounded: second-level scales,
 column scales, salient columns, outliers, lattice codes, low-rank factors, schemes of activations and of the cache. Experts of a
@@ -39,8 +40,9 @@ def storage(model: ModelHandle, schemes: dict[str, Scheme], options: QtoolOption
     rounding = model.rounding()
     held = {name: one.model_dump() for name, one in (("cache", cache), ("attention", rounding)) if one is not None}
     is_static = any(scheme.activations is not None and scheme.activations.static for scheme in schemes.values())
-    version = VERSION if is_static else 2 if held else 1  # the least that holds it
-    return Storage(encoder(schemes), {"quant_method": "qtool", "version": version, **held})
+    is_rotated = "rotation of the input" in model.additions().values()
+    version = VERSION if is_static or is_rotated else 2 if held else 1  # the least that holds it
+    return Storage(encoder(schemes), {"quant_method": "qtool", "version": version, **held}, holds_rotations=True)
 
 
 def encoder(schemes: dict[str, Scheme]) -> Encode:

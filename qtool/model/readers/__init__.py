@@ -27,6 +27,7 @@ from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scales import SCALE_DTYPES
 from qtool.formats.scheme import ActivationScheme, KvScheme, Scheme, WeightScheme
 from qtool.formats.tensor import QuantizedTensor
@@ -45,6 +46,10 @@ class ReadLinear(Protocol):
 
 class ReadLowRank(Protocol):
     def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None: ...
+
+
+class ReadRotation(Protocol):
+    def __call__(self, checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None: ...
 
 
 class ReadCache(Protocol):
@@ -74,6 +79,11 @@ def no_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> Cache
     return None
 
 
+def no_rotation(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None:
+    """What layouts of codes alone have of a rotation of a linear's input."""
+    return None
+
+
 def no_low_rank(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> LowRank | None:
     """What layouts of codes alone have of low-rank factors."""
     return None
@@ -89,6 +99,7 @@ class Reader:
     read_cache: ReadCache = no_cache
     read_rounding: ReadRounding = no_rounding
     read_inputs: ReadInputs = no_inputs
+    read_rotation: ReadRotation = no_rotation
 
 
 def reader_of(config: dict[str, Any]) -> Reader:

@@ -16,10 +16,20 @@ from qtool.formats.inputs import InputScales
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.kv_cache import CacheScales
 from qtool.formats.low_rank import LowRank
+from qtool.formats.rotations import InputRotation
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.model.checkpoint import Checkpoint
-from qtool.model.own_layout import VERSION, Read, StoredLinear, read_facts, unpack_inputs, unpack_linear, unpack_low_rank
+from qtool.model.own_layout import (
+    VERSION,
+    Read,
+    StoredLinear,
+    read_facts,
+    unpack_inputs,
+    unpack_linear,
+    unpack_low_rank,
+    unpack_rotation,
+)
 from qtool.model.readers import scales_of_cache
 from qtool.model.store import cache_scheme
 
@@ -46,6 +56,12 @@ def read_inputs(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> In
     """The static scales of the inputs of the linear `name`; None where its scheme has none."""
     stored = _read(checkpoint, name, config)
     return None if stored is None else unpack_inputs(stored, _tensors_of(checkpoint))
+
+
+def read_rotation(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> InputRotation | None:
+    """The rotation of the input of the linear `name`, dense ones too; None where it has none."""
+    check_config(config)
+    return unpack_rotation(name, _tensors_of(checkpoint))
 
 
 def read_cache(checkpoint: Checkpoint, name: str, config: dict[str, Any]) -> CacheScales | KiviScheme | None:

@@ -14,7 +14,7 @@ from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
 from qtool.model.handle import ModelHandle
-from qtool.model.own_layout import pack_linear, read_facts, unpack_linear, unpack_low_rank
+from qtool.model.own_layout import VERSION, pack_linear, read_facts, unpack_linear, unpack_low_rank
 from qtool.model.readers import reader_of
 
 Change = Callable[[dict[str, Any]], object]
@@ -82,8 +82,8 @@ def test_what_is_damaged_is_refused(change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (4, "a newer qtool wrote version 4, this one reads up to 3; update qtool"),
-        (None, "version is None, must be a whole number from 1 to 3; export the model again"),
+        (VERSION + 1, f"a newer qtool wrote version {VERSION + 1}, this one reads up to {VERSION}; update qtool"),
+        (None, f"version is None, must be a whole number from 1 to {VERSION}; export the model again"),
         (0, "version is 0, must be a whole number"),
     ],
 )
@@ -112,3 +112,18 @@ def test_a_file_that_lacks_or_contradicts_a_linear_is_refused(exported: Export, 
 
     with pytest.raises(QtoolError, match=r"has no tensor .*q_proj\.weight \(1 missing\)"):
         change_tensors(folder, leave_out).block(0)
+
+
+def test_signs_of_a_rotation_that_are_none_are_refused(exported: Export, change_tensors: ChangeFile) -> None:
+    folder, name = exported("qtool", {"*": "w4a16g32"}), "model.layers.0.self_attn.o_proj"
+    for signs, message in (
+        (torch.zeros(64, dtype=torch.int8), r"o_proj\.rotation::signs is int8 \[64\], must be one sign"),
+        (torch.ones(64), r"o_proj\.rotation::signs is float32 \[64\], must be one sign"),
+        (torch.ones(32, dtype=torch.int8), "o_proj's input has 32 signs, must have 64"),
+    ):
+
+        def plant(tensors: dict[str, Any], signs: Tensor = signs) -> None:
+            tensors[f"{name}.rotation::signs"] = signs
+
+        with pytest.raises(QtoolError, match=message):
+            change_tensors(folder, plant).block(0)

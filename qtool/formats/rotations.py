@@ -1,0 +1,45 @@
+"""Rotations: what is stored of one that runs online, and the options of transforms that learn them.
+
+x <- (x D) H / √n        D the diagonal of signs [n], ±1 in int8; H follows from n, see linalg/hadamard.py
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from qtool.errors import QtoolError
+from qtool.formats.scheme import Scheme, SchemeSelection
+
+
+@dataclass(frozen=True)
+class InputRotation:
+    """What a linear does to its input before it multiplies: signs [in]."""
+
+    signs: Tensor
+
+
+class LearnedRotations(SchemeSelection):
+    """Options of a transform that learns rotations: what the quantize step that follows will round, and how to learn."""
+
+    rounds: Literal["both", "inputs", "weights"] = Field(
+        "both", description="what is rounded while rotations learn; inputs where GPTQ follows, which sees to the weights itself"
+    )
+    online: bool = Field(
+        False,
+        description="also the inputs of down_proj and o_proj, by Hadamard matrices that stay, while the model runs; only "
+        "export/qtool holds that",
+    )
+    steps: int = Field(100, ge=0, description="updates")
+    batch: int = Field(8, ge=1, description="windows in one update")
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """All that linears are rounded to."""
+        return [scheme for scheme in (self.scheme, *self.modules.values()) if isinstance(scheme, Scheme)]
+
+    def check_rounding(self, where: str) -> None:
+        """Raise QtoolError, which begins with `where`, if nothing would be rounded."""
+        if self.rounds == "inputs" and all(scheme.activations is None for scheme in self.schemes):
+            raise QtoolError(f"{where}: rounds is inputs, but the scheme rounds none, as w4a4 would; set rounds: weights")
