@@ -16,10 +16,12 @@ For: weights and inputs both in floats of four bits; where the format must stay 
 Costs: some hundred trial roundings of each linear; the text beyond 2048 tokens costs a pass through the model alone.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.calibration.statistics import SAMPLE, LayerStats
@@ -86,10 +88,13 @@ def fpq(
 
 
 def input_choices(scheme: ActivationScheme | None) -> list[ActivationScheme | None]:
-    """The scheme in every format of its bits; alone where it is no float."""
-    if scheme is None or not splits(scheme.format):
-        return [scheme]
-    return [scheme.model_copy(update={"format": name}) for name in splits(scheme.format)]
+    """The scheme in every format of its bits that its groups and scales go with; alone where it is no float."""
+    found: list[ActivationScheme | None] = [scheme]
+    for name in () if scheme is None else splits(scheme.format):
+        if scheme is not None and name != scheme.format:
+            with contextlib.suppress(ValidationError):
+                found.append(ActivationScheme.model_validate(scheme.model_dump() | {"format": name}))
+    return found
 
 
 def round_weights(W: Tensor, scheme: WeightScheme, inputs: Inputs) -> list[QuantizedTensor]:
