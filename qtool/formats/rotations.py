@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.options import Options
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,31 @@ class InputRotation:
     signs: Tensor
 
 
-class LearnedRotations(SchemeSelection):
-    """Options of a transform that learns rotations: what the quantize step that follows will round, and how to learn."""
+class OnlineOption(Options):
+    """The option of a transform whose rotations may stay, as layers."""
 
-    rounds: Literal["both", "inputs", "weights"] = Field(
-        "both", description="what is rounded while rotations learn; inputs where GPTQ follows, which sees to the weights itself"
-    )
     online: bool = Field(
         False,
         description="also the inputs of down_proj and o_proj, by Hadamard matrices that stay, while the model runs; only "
         "export/qtool holds that",
+    )
+
+
+def added_online(options: OnlineOption) -> str:
+    """What exports must hold beside weights."""
+    return "rotations of inputs" if options.online else ""
+
+
+def bytes_online(options: OnlineOption, out: int, columns: int) -> int:
+    """Signs of one linear, where it is one whose input rotates."""
+    return columns if options.online else 0
+
+
+class LearnedRotations(SchemeSelection, OnlineOption):
+    """Options of a transform that learns rotations: what the quantize step that follows will round, and how to learn."""
+
+    rounds: Literal["both", "inputs", "weights"] = Field(
+        "both", description="what is rounded while rotations learn; inputs where GPTQ follows, which sees to the weights itself"
     )
     steps: int = Field(100, ge=0, description="updates")
     batch: int = Field(8, ge=1, description="windows in one update")

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.rotations import OnlineOption, added_online, bytes_online
 from qtool.linalg.hadamard import (
     hadamard_block,
     hadamard_rotation,
@@ -31,18 +32,14 @@ from qtool.linalg.hadamard import (
     small_factor,
 )
 from qtool.model.rotation import Places, Rotations
-from qtool.options import Options
 from qtool.registry import Method
 
 
-class HadamardOptions(Options):
+class HadamardOptions(OnlineOption):
     """What is rotated."""
 
     residual: bool = Field(True, description="the residual stream: all inputs that come from norms")
     heads: bool = Field(True, description="each head's values: the inputs of o_proj, within a head")
-    online: bool = Field(
-        False, description="also the inputs of down_proj and o_proj while the model runs, which export/qtool alone holds"
-    )
     randomized: bool = Field(True, description="random signs; false: the Hadamard matrices themselves")
 
 
@@ -79,16 +76,6 @@ def hadamard(places: Places, options: HadamardOptions, seed: int, note: Callable
     return Rotations(residual, heads, inputs)
 
 
-def adds(options: HadamardOptions) -> str:
-    """What exports must hold beside weights."""
-    return "rotations of inputs" if options.online else ""
-
-
-def added_bytes(options: HadamardOptions, out: int, columns: int) -> int:
-    """Signs of one linear, where it is one whose input rotates."""
-    return columns if options.online else 0
-
-
 def parts_head(options: HadamardOptions) -> bool:
     """The last norm's gain and the rotation go into the head alone."""
     return options.residual
@@ -98,7 +85,7 @@ METHOD = Method(
     run=hadamard,
     options=HadamardOptions,
     scope="model",
-    adds=adds,
-    added_bytes=added_bytes,
+    adds=added_online,
+    added_bytes=bytes_online,
     parts_head=parts_head,
 )

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.formats.rotations import LearnedRotations
+from qtool.formats.rotations import LearnedRotations, added_online, bytes_online
 from qtool.linalg.divergence import kl_of_largest
 from qtool.linalg.hadamard import levelling_rotation, random_signs
 from qtool.linalg.qsur import qsur
@@ -99,16 +99,6 @@ def check(model: ModelHandle, options: OstQuantOptions) -> None:
     options.check_rounding("transform/ostquant")
 
 
-def adds(options: OstQuantOptions) -> str:
-    """What exports must hold beside weights."""
-    return "rotations of inputs" if options.online else ""
-
-
-def added_bytes(options: OstQuantOptions, out: int, columns: int) -> int:
-    """Signs of one linear, where it is one whose input rotates."""
-    return columns if options.online else 0
-
-
 def parts_head(options: OstQuantOptions) -> bool:
     """The last norm's gain and the rotation go into the head alone."""
     return True
@@ -120,7 +110,7 @@ METHOD = Method(
     scope="model",
     needs=("inputs",),
     check=check,
-    adds=adds,
-    added_bytes=added_bytes,
+    adds=added_online,
+    added_bytes=bytes_online,
     parts_head=parts_head,
 )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from qtool.formats.rotations import LearnedRotations
+from qtool.formats.rotations import LearnedRotations, added_online, bytes_online
 from qtool.linalg.hadamard import random_signs, spreading_rotation
 from qtool.linalg.stiefel import CayleySGD
 from qtool.model.handle import ModelHandle
@@ -70,16 +70,6 @@ def check(model: ModelHandle, options: SpinQuantOptions) -> None:
     options.check_rounding("transform/spinquant")
 
 
-def adds(options: SpinQuantOptions) -> str:
-    """What exports must hold beside weights."""
-    return "rotations of inputs" if options.online else ""
-
-
-def added_bytes(options: SpinQuantOptions, out: int, columns: int) -> int:
-    """Signs of one linear, where it is one whose input rotates."""
-    return columns if options.online else 0
-
-
 def parts_head(options: SpinQuantOptions) -> bool:
     """The last norm's gain and the rotation go into the head alone."""
     return True
@@ -91,7 +81,7 @@ METHOD = Method(
     scope="model",
     needs=("inputs",),
     check=check,
-    adds=adds,
-    added_bytes=added_bytes,
+    adds=added_online,
+    added_bytes=bytes_online,
     parts_head=parts_head,
 )
