@@ -3,7 +3,7 @@
     s = fit(range),  range = [min x, max x], or narrower      x^ = s (nearest(x / s + z) - z)      s, z [1]
     percentile   the narrowest range that holds `percentile` % of all values; with zero points half of the rest on each side
     mse          [max(min x, -t), min(max x, t)],  t = max |x| 2^(-k/8),  k of 0 .. 96 with the least |x - x^|² of all
-    nvfp4        s is the float32 scale over those of 16, 2^ceil(log2(max |x| / (224 · 6))); those of 16 are found at run time still
+    nvfp4        s is the float32 scale over those of 16, 2^ceil(log2(max |x| / 1344)); those of 16 are found at run time still
 x [tokens, in]: of all tokens and of all linears that share the input and round it alike, which so share s, in the model as
 the blocks before it have become. A token is rounded without a look at its range, so that kernels can do it while they write x.
 Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1; range mse: Nagel et al. 2021, arXiv:2106.08295, section 3.1.
