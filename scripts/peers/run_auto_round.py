@@ -85,7 +85,9 @@ def main() -> None:
         bits = 4 + 8 / job.group + 32 * len(linears) / n_weights
         note = f"bits of a checkpoint that it does not write; {note}"
     else:
-        tool.save_quantized(str(job.out / "packed"), format="auto_round", inplace=True)
+        # Its own format takes AWQ's layer for four bits with zero points, which refuses an argument that it passes (0.16.1).
+        layout = "auto_round" if job.symmetric or job.bits != 4 else "auto_gptq"
+        tool.save_quantized(str(job.out / "packed"), format=layout, inplace=True)
         bits = peer_job.stored_bits(job.out / "packed", linears, n_weights)
     outcome = Outcome(seconds, peak, logits, weights, bits, note)
     peer_job.write_result(job, "auto-round", version("auto-round"), outcome, tokens[0])
