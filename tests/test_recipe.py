@@ -174,11 +174,31 @@ def test_an_export_named_twice_is_a_problem() -> None:
     ]
 
 
-@pytest.mark.parametrize("before", ["", "  - prune/wanda: {}\n", "  - quantize/rtn: {scheme: w4a16}\n  - distill/logits: {}\n"])
+TRAINED = "  - quantize/rtn: {scheme: w4a16}\n  - distill/logits: {}\n"
+
+
+@pytest.mark.parametrize("before", ["", "  - prune/wanda: {}\n", TRAINED, TRAINED + "  - quantize/kivi: {}\n"])
 def test_factorize_is_refused_where_nothing_was_quantized_right_before(before: str) -> None:
     text = "model: demo\npipeline:\n  - calibrate/text: {source: demo:calibration}\n" + before + "  - factorize/lorc: {}\n"
     message = "factorize/lorc makes up for what quantization took; put it right after a quantize step"
     assert problems(text) == [f"r.yaml:{text.count(chr(10))}: {message}"]
+
+
+def test_a_rotation_after_pruning_is_refused() -> None:
+    text = "model: demo\npipeline:\n  - prune/magnitude: {sparsity: 0.5}\n  - transform/hadamard: {}\n"
+    assert problems(text) == [
+        "r.yaml:4: transform/hadamard mixes weights, so that no zero of a pruned one (r.yaml:3) would stay; put it first"
+    ]
+
+
+@pytest.mark.parametrize("step", ["quantize/rtn: {scheme: w8a8}", "quantize/kv_cache: {}"])
+def test_a_transform_of_blocks_comes_before_whatever_rounds(step: str) -> None:
+    steps = f"  - calibrate/text: {{source: demo:calibration}}\n  - {step}\n  - transform/smoothquant: {{}}\n"
+    text = "model: demo\npipeline:\n" + steps
+    assert problems(text) == [
+        "r.yaml:5: transform/smoothquant must leave what blocks compute as it is, which rounding (r.yaml:4) hides; "
+        "put it before"
+    ]
 
 
 @pytest.mark.parametrize("step", ["quantize/gptq: {scheme: w4}", "quantize/gptk: {}"])

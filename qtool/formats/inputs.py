@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtool.errors import QtoolError
 from qtool.formats.integer import IntegerGrid, Params
 from qtool.formats.scales import fit_scale, token_scale
 from qtool.formats.scheme import ActivationScheme
@@ -36,8 +37,11 @@ class InputScales:
 
 
 def grouped_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """x [..., in] as [..., groups, group]; one group where the scheme has none."""
-    return x.reshape(*x.shape[:-1], -1, scheme.group or x.shape[-1])
+    """x [..., in], of no token too, as [..., groups, group]; one group where the scheme has none. Raises QtoolError."""
+    n, group = x.shape[-1], scheme.group or x.shape[-1]
+    if n % group:
+        raise QtoolError(f"{n} inputs do not divide into the groups of {group} that {scheme} has; use another group")
+    return x.reshape(*x.shape[:-1], n // group, group)
 
 
 def outlying(x: Tensor, scheme: ActivationScheme) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.errors import QtoolError
 from qtool.formats.packing import n_words, pack_int32, unpack_int32
+from qtool.linalg.hadamard import hadamard_product
 from qtool.options import Options
 
 Bits = Literal[2, 3, 4, 8]
@@ -51,14 +52,14 @@ class Side:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """x [batch, kv heads, tokens, head_dim] as groups [batch, kv heads, units, rows, group] float32, whole units."""
-        x = x.float() @ hadamard(x.shape[-1], x.device) if self.is_rotated else x.float()
+        x = hadamard_product(x.float()) if self.is_rotated else x.float()
         groups: Tensor = x.unflatten(2, (-1, self.group)).mT if self.along == "tokens" else x.unflatten(3, (-1, self.group))
         return groups
 
     def from_groups(self, groups: Tensor) -> Tensor:
         """What `to_groups` was given; the rotation is its own inverse."""
         x = groups.mT.flatten(2, 3) if self.along == "tokens" else groups.flatten(3)  # [batch, kv heads, tokens, head_dim]
-        return x @ hadamard(x.shape[-1], x.device) if self.is_rotated else x
+        return hadamard_product(x) if self.is_rotated else x
 
     def round(self, x: Tensor) -> Tensor:
         """x [batch, kv heads, tokens, head_dim], whole units, as the cache gives it back, in x's dtype."""
@@ -180,11 +181,3 @@ def fit(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def decode(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x^ [..., group] float32 of codes q [..., group], scale and zero [..., 1]."""
     return q.float() * scale.float() + zero.float()
-
-
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """Sylvester's matrix [size, size] float32 over sqrt(size): symmetric, and its own inverse; size is a power of two."""
-    H = torch.ones(1, 1, device=device)
-    while len(H) < size:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H.div(size**0.5)

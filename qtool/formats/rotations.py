@@ -57,5 +57,5 @@ class LearnedRotations(SchemeSelection, OnlineOption):
 
     def check_rounding(self, where: str) -> None:
         """Raise QtoolError, which begins with `where`, if nothing would be rounded."""
-        if self.rounds == "inputs" and all(scheme.activations is None for scheme in self.schemes):
+        if self.rounds == "inputs" and self.scheme != "search" and all(one.activations is None for one in self.schemes):
             raise QtoolError(f"{where}: rounds is inputs, but the scheme rounds none, as w4a4 would; set rounds: weights")

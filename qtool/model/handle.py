@@ -456,12 +456,18 @@ class ModelHandle:
     @contextlib.contextmanager
     def materialized(self) -> Iterator[PreTrainedModel]:
         """The whole model in memory, for what needs it at once: training, lm-eval, generation."""
+        configs = {id(one): one for one in (self.config, self.config.get_text_config())}.values()
+        tying = [one for one in configs if not self.is_tied and getattr(one, "tie_word_embeddings", False)]
         with self.outer():
             for index in range(self.n_blocks):
                 self.block(index)
             try:
+                for one in tying:  # a step has parted them, and lm-eval ties what the config says is tied
+                    one.tie_word_embeddings = False
                 yield self.model
             finally:
+                for one in tying:
+                    one.tie_word_embeddings = True
                 for index in range(self.n_blocks):
                     self.release(index)
 

@@ -18,7 +18,7 @@ instead of being subtracted by the layer before.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -98,6 +98,12 @@ class Places:
     def inputs(self) -> dict[str, int]:
         """Linears whose input can be rotated while they run: their number of inputs."""
         return {name: width for unit in self.blocks for name, width in unit.inputs.items()}
+
+    def note_heads(self, note: Callable[[str], None]) -> None:
+        """Tell how many blocks have no values that could be rotated."""
+        n = sum(unit.values is None for unit in self.blocks)
+        if n:
+            note(f"in {n} of {len(self.blocks)} blocks values do not pass from one linear to another; theirs are not rotated")
 
     def check_residual(self) -> None:
         """Raise QtoolError, naming the layer, where the residual stream cannot be rotated."""

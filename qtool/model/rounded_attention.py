@@ -14,6 +14,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -107,10 +108,11 @@ class KiviPassage:
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values; leaves what each query sees for the attention, and returns what the last one sees."""
-        if self._cache is None:
-            view = KiviCache(self._scheme).extend(k, v, keep=False)
-        else:
-            view = _layer_in(self._cache, layer_idx, self._scheme).extend(k, v)
+        with torch.autocast(k.device.type, enabled=False):  # training's would rotate keys in bfloat16
+            if self._cache is None:
+                view = KiviCache(self._scheme).extend(k, v, keep=False)
+            else:
+                view = _layer_in(self._cache, layer_idx, self._scheme).extend(k, v)
         state_of(self._attention).view = view
         return view.k.late, view.v.late
 
@@ -192,7 +194,8 @@ def attention_function(
         if kwargs.get(name) is not None:
             raise QtoolError(f"{type(module).__name__}: attention with {name} cannot be rounded; {INSTEAD}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, view, attention_mask, scaling, dropout, rounding), None
+    with torch.autocast(query.device.type, enabled=False):  # attend says itself what it computes in
+        return attend(query, view, attention_mask, scaling, dropout, rounding), None
 
 
 def _layer_in(cache: Any, index: int, scheme: KiviScheme) -> KiviLayer:

@@ -175,10 +175,10 @@ def additions_among(names: Iterable[str]) -> dict[str, str]:
     """Linears that have more than codes, scales and zero points by the names of what is stored: what more."""
     marks = {
         f"{LOW_RANK}::left": "low-rank factors",
-        f"{ROTATION}::signs": "rotation of the input",
         ".weight::outlier_values": "outliers",
         ".weight::salient_columns": "salient columns",
         ".weight::column_scale": "column scales",
+        f"{ROTATION}::signs": "rotation of the input",  # last, as the last one counts: export/qtool asks for it
     }
     listed = list(names)
     return {name.removesuffix(mark): what for mark, what in marks.items() for name in listed if name.endswith(mark)}

@@ -20,7 +20,7 @@ from qtool.model.rounded_attention import quantize_by_kivi, round_attention
 from qtool.model.store import INPUTS, ROUNDING
 from qtool.model.wiring import apply_edits, change_of_output, find_groups, find_scalings
 from qtool.options import Needs
-from qtool.pipeline.linear_scope import chosen_groups
+from qtool.pipeline.linear_scope import chosen_groups, share_tensor_scales
 from qtool.pipeline.twin import Twin
 from qtool.pipeline.work import Work, errors
 from qtool.registry import Method
@@ -162,4 +162,6 @@ def tune_block(
         work.changes[f"{name}.weight"] = (tensor, scheme)
         facts = errors(before, tensor.dequantize(), None)
         work.linears.append({"name": name, "scheme": str(scheme), "seconds": seconds, **facts})
+    for group in find_groups(block, hidden[:1]):
+        share_tensor_scales(block, tuple(name for name in group.linears if name in found), work)
     return block.forward(hidden)

@@ -17,12 +17,14 @@ from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import Recipe, Step
 
+JOINING = ("vllm", "sglang")  # runtimes that multiply q, k and v, gate and up, by one matrix
+
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
     model, search = ModelHandle(recipe.model), None
     for index, step in enumerate(recipe.steps):
-        check_step(step, planned_model(model, recipe.steps[:index]), search)
+        check_step(step, planned_model(model, recipe.steps[: index + 1]), search)  # a transform may part head and embedding
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     return model
@@ -43,6 +45,10 @@ def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> No
             check_covered(model, step.method, options, search.options)
         elif isinstance(options, Selection):
             check_selection(model, step.method, options)
+    if (step.method.kind, step.method.scope) == ("transform", "block"):
+        if model.schemes() or model.cache() is not None or model.rounding() is not None:
+            with located(step):
+                raise QtoolError(f"{step.key}: the model comes quantized; transform the model that it was made from")
     if step.method.scope in ("cache", "packed_cache"):
         with located(step):
             check_uncached(step, model)
@@ -66,12 +72,16 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
         if step.method.holds is not None:
             cache = planned_cache(model, steps[:index])
             has_rounding = planned_rounding(model, steps[:index]) is not None
-            holds_without = step.method.holds_attention and (has_rounding or isinstance(cache, KiviScheme))  # quantized linears
-            for schemes in planned_schemes(model, steps[:index]):
+            holds_without = step.method.holds_attention and (has_rounding or cache is not None)  # quantized linears
+            outcomes = list(planned_schemes(model, steps[:index]))
+            if step.method.scope == "inputs":  # linears that round none may stand beside those that do
+                outcomes = [found for found in outcomes if any(one.activations for one in found.values())] or outcomes[:1]
+            for schemes in outcomes:
                 with located(step):
                     if schemes or not holds_without:
                         step.method.holds(model, schemes, step.options)
                     check_runtime(model, step, schemes, cache)
+                    check_tensor_scales(step, steps[:index], schemes)
 
 
 def check_additions(step: Step, model: ModelHandle) -> None:
@@ -117,6 +127,20 @@ def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], ca
     if all(why is not None for _, why in asked):
         entry, why = asked[0]
         raise QtoolError(f"{step.key}: {entry} does not serve it: {why}")
+
+
+def check_tensor_scales(step: Step, before: Sequence[Step], schemes: dict[str, Scheme]) -> None:
+    """Raise QtoolError where NVFP4 made without text, a scale of the tensor for each linear, is to be joined by a runtime."""
+    if not isinstance(step.options, ExportOptions) or step.options.runtime not in JOINING:
+        return
+    if not any(scheme.weights.scale_dtype == "float8_e4m3fn" for scheme in schemes.values()):
+        return
+    for one in before:
+        if (one.method.kind, one.method.scope) == ("quantize", "linear") and not one.method.needed(one.options):
+            raise QtoolError(
+                f"{step.key}: {step.options.runtime} joins linears that share an input under one scale of the tensor, and "
+                f"{one.key} without text gives each its own; take quantize/gptq, or range: hessian"
+            )
 
 
 @contextlib.contextmanager

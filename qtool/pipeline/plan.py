@@ -83,6 +83,8 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def cache_bytes(model: ModelHandle, cache: KvScheme | KiviScheme | None) -> float:
     """Bytes of one token's keys and values in all blocks, where heads are as the config tells."""
+    if not model.attention_names():
+        return 0.0
     if isinstance(cache, KiviScheme):
         one = cache.bytes_per_token(model.head_dim, model.head_dim)
     else:

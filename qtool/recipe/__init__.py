@@ -194,6 +194,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
     kept: str | None = None  # or kept by KIVI
     rounded: str | None = None  # where attentions are told to round
     quantized: str | None = None
+    pruned: str | None = None
     is_searched = False
     for number, item in enumerate(items, 1):
         if not isinstance(item, MappingNode) or len(item.value) != 1:
@@ -229,7 +230,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if method.kind == "export" and not method.holds_attention and rounded is not None:
             text = f"{method.key} cannot hold an attention that rounds ({rounded}); use export/qtool"
             problems.append((key.start_mark, text))
-        if method.kind == "transform" and method.scope == "block" and (before := kept or rounded) is not None:
+        if method.kind == "transform" and method.scope == "block" and (before := quantized) is not None:
             text = f"{method.key} must leave what blocks compute as it is, which rounding ({before}) hides; put it before"
             problems.append((key.start_mark, text))
         if method.scope == "attention":
@@ -251,12 +252,18 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if (method.kind, method.scope) == ("transform", "model") and quantized is not None:
             text = f"{method.key} rotates dense weights, but {quantized} quantizes before it; put it first"
             problems.append((key.start_mark, text))
+        if (method.kind, method.scope) == ("transform", "model") and pruned is not None:
+            text = f"{method.key} mixes weights, so that no zero of a pruned one ({pruned}) would stay; put it first"
+            problems.append((key.start_mark, text))
+        if method.kind == "prune":
+            pruned = pruned or place(key.start_mark)
         if method.kind == "quantize":
             quantized = quantized or place(key.start_mark)
         if method.kind == "factorize" and changed != "quantize":
             text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
             problems.append((key.start_mark, text))
-        changed = method.kind if method.kind in CHANGING else changed
+        leaves_weights = method.scope in ("cache", "packed_cache", "attention", "inputs")
+        changed = method.kind if method.kind in CHANGING and not leaves_weights else changed
         if is_null(value):
             value = MappingNode(MAP, [], key.start_mark, key.end_mark)
         options = _check(method.options, value, key.start_mark, f"{method.key}: ", problems)
@@ -289,7 +296,8 @@ def _find_later_schemes(options: Options, node: Node, key: str) -> Iterator[Prob
             at = nearest_mark(node, (name,), node.start_mark)
             if part.kv is not None:
                 bits = part.kv.bits
-                step = "quantize/kv_cache" if bits == 8 else f"quantize/kivi: {{key_bits: {bits}, value_bits: {bits}}}"
+                kept = next(one for one in (2, 3, 4, 8) if one >= bits)  # bits that words pack
+                step = "quantize/kv_cache" if kept == 8 else f"quantize/kivi: {{key_bits: {kept}, value_bits: {kept}}}"
                 yield at, f"{key}: {name}: {part}: the cache is a step of its own, {step}; leave kv{bits} away"
             if part.activations is not None and part.activations.static:
                 yield at, f"{key}: {name}: {part}: static scales are a step of their own, quantize/inputs; leave static away"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qtool.errors import QtoolError
-from qtool.formats.kivi import KiviScheme, PackedGroups, Side, fit, hadamard
+from qtool.formats.kivi import KiviScheme, PackedGroups, Side, fit
+from qtool.linalg.hadamard import hadamard_product
 
 
 def keys_and_values(tokens: int, head_dim: int = 32) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def test_the_words_of_a_group_are_those_worked_by_hand() -> None:
 
 
 def test_the_rotation_is_orthonormal_and_comes_undone() -> None:
-    H = hadamard(8, torch.device("cpu"))
+    H = hadamard_product(torch.eye(8))
     expected = [[(-1) ** (i & j).bit_count() / math.sqrt(8) for j in range(8)] for i in range(8)]
     torch.testing.assert_close(H, torch.tensor(expected))
     side = KiviScheme(key_bits=8, keys="per_token", rotate="hadamard").sides[0]

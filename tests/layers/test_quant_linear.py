@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qtool.errors import QtoolError
 from qtool.formats.integer import Params
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import ACTIVATION_PRESETS, ActivationScheme, Scheme, WeightScheme, input_fields
@@ -224,3 +225,17 @@ def test_a_state_dict_carries_the_low_rank_part() -> None:
     target.left.zero_()
     target.load_state_dict(source.state_dict())
     assert torch.equal(target(inputs()), source(inputs()))
+
+
+@pytest.mark.parametrize("word", ["w8a8", "w4-aint4g32", "mxfp4-amxfp4", "nvfp4-anvfp4"])
+def test_inputs_of_no_token_give_no_output(word: str) -> None:
+    """An expert that no token chose is called all the same."""
+    scheme = Scheme.model_validate(word)
+    W = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    layer = QuantLinear(quantize(W, scheme.weights), None, scheme.activations)
+    assert layer(torch.zeros(0, 64)).shape == (0, 6)
+
+
+def test_inputs_that_do_not_divide_into_groups_are_refused() -> None:
+    with pytest.raises(QtoolError, match="64 inputs do not divide into the groups of 48 that int4g48 has"):
+        snap_inputs(torch.zeros(2, 64), ActivationScheme(bits=4, group=48))

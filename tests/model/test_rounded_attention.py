@@ -136,11 +136,14 @@ def test_a_cache_is_quantized_once_and_needs_sdpa(tiny_model: TinyModel) -> None
     assert "its attention runs as eager, must run as sdpa" in str(misfit(attention))
 
 
-def test_gradients_reach_what_made_the_keys(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_reach_what_made_the_keys(autocast: bool, tiny_model: TinyModel) -> None:
     """Training after it goes on: every linear of an attention has a gradient, finite and not zero."""
     model = model_of(tiny_model("llama"), SCHEME)
     linears = [getattr(model.model.layers[0].self_attn, f"{name}_proj").weight.requires_grad_(True) for name in "qkvo"]
-    model(TOKENS, use_cache=False).logits.square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(TOKENS, use_cache=False).logits
+    logits.float().square().mean().backward()
     assert all(bool(torch.isfinite(weight.grad).all()) and float(weight.grad.norm()) > 0 for weight in linears)
 
 

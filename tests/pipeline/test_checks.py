@@ -90,3 +90,13 @@ def test_an_export_is_refused_where_the_runtime_asked_for_cannot_serve_it(tiny_m
         checked("w3a16g32", "vllm")
     with pytest.raises(QtoolError, match='nothing is known of "vlm" and this export; did you mean "vllm"'):
         checked("w4a16g32", "vlm")
+
+
+def test_nvfp4_that_was_made_without_text_is_refused_where_a_runtime_joins_linears(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder = tiny_model("llama", dtype="bfloat16", hidden_size=128, intermediate_size=256)
+    export = {"export/compressed_tensors": {"runtime": "vllm"}}
+    with pytest.raises(QtoolError, match="vllm joins linears .* quantize/rtn without text gives each its own; take"):
+        check_recipe(recipe(folder, tmp_path, {"quantize/rtn": {"scheme": "nvfp4"}}, export))
+    check_recipe(recipe(folder, tmp_path, {"quantize/gptq": {"scheme": "nvfp4"}}, export))

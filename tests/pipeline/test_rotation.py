@@ -79,6 +79,19 @@ def test_a_model_that_forbids_it_is_refused_before_anything_is_written(tiny_mode
         rotated(tiny_model("llama"), tmp_path, "none", residual=False, heads=False)
 
 
+def test_a_parted_head_stays_one_where_the_model_is_tied_once_more(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As lm-eval does with every model that it is given."""
+    made = recipe(tiny_model("llama", tie_word_embeddings=True), tmp_path, {"transform/hadamard": None})
+    run_recipe(made, tmp_path / "run", Silent())
+    changes = tuple(path.parent for path in (tmp_path / "run" / "state").rglob("block_000.safetensors"))
+    model, tokens = ModelHandle(made.model, changes), torch.arange(12).view(1, 12)
+    with model.materialized() as whole, torch.no_grad():
+        before = whole(tokens).logits
+        whole.tie_weights()
+        assert torch.equal(whole(tokens).logits, before)
+    assert model.config.tie_word_embeddings
+
+
 def test_exports_of_a_tied_model_hold_a_head_of_its_own(tiny_model: TinyModel, tmp_path: Path, logits_of: LogitsOf) -> None:
     folder = tiny_model("llama", tie_word_embeddings=True)
     expected = logits_of(original := ModelHandle(ModelOptions(path=str(folder))))

@@ -22,9 +22,9 @@ as reciprocals. NVFP4 inputs that find their float32 scale at run time have no p
 NVFP4's scale of a tensor is stored as its reciprocal, weight_global_scale. The library divides by that where qtool multiplies:
 where it is no power of two, as other tools choose it, a weight on the border of two bfloat16 numbers may become the other
 one, and the export is not called lossless.
-vLLM joins linears that share an input (q, k, v; gate, up) and takes the largest weight_global_scale for all of them. Methods
-that take one linear at a time give such linears of one scheme a common one; after those that take a block at a time
-(sign_round) some of them come out too small there.
+vLLM joins linears that share an input (q, k, v; gate, up) and takes the largest weight_global_scale for all of them. Steps that
+see text give such linears of one scheme a common one; after rounding without text some come out too small there, by half or
+more, so that `runtime: vllm` is refused.
 Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors.
 For: transformers and vLLM, integer and floating weights.
 Costs: writing the file.

@@ -91,7 +91,8 @@ def cost(found: Histogram, scales: InputScales) -> float:
 def scales_of(scheme: ActivationScheme, low: float, high: float, dtype: torch.dtype) -> InputScales:
     """The scale, as it is stored, and zero point of a range."""
     params = scheme.grid.fit_range(torch.tensor([low]), torch.tensor([high]))  # [1]
-    scale = params.scale.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    scale = params.scale.to(dtype)
+    scale = torch.where(scale > 0, scale, torch.finfo(dtype).tiny)  # what the dtype cannot hold
     return InputScales(scheme, scale, None if params.zero is None else params.zero.to(torch.uint8))
 
 

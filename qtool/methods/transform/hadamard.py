@@ -66,6 +66,7 @@ def hadamard(places: Places, options: HadamardOptions, seed: int, note: Callable
             residual = rotation(places.hidden, "residual stream")
     if options.heads:
         places.check_heads()
+        places.note_heads(note)
         for name, (n_heads, size) in places.heads.items():
             heads[name] = rotation(size, name).expand(n_heads, size, size)
     if options.online:

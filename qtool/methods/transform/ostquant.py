@@ -49,6 +49,7 @@ def ostquant(
 ) -> Rotations:
     """The best rotations and scales seen; raises QtoolError where the model does not allow any."""
     places.check_residual()
+    places.note_heads(note)
     random = torch.Generator().manual_seed(seed)
     matrices = [levelling_rotation(network.reading_covariance().cpu(), places.keeps_mean, random)]
     for Sigmas in network.reading_of_heads().values():

@@ -6,8 +6,9 @@ M is the largest magnitude, shared by all channels, of  2^(-t/2) max|X|,  t = 0,
     L = sum over the linears  ‖Q_a(X diag(2^k)) Q(W diag(2^-k))ᵀ - X Wᵀ‖²,  or no shift where none loses less
     Q rounding of weights, Q_a of inputs, both as `scheme` says
 What makes X, a norm or a linear, takes 2^k_j into its own weights, of which exponents alone change: nothing new runs.
-Source: Liu et al. 2023, arXiv:2310.16836 (LLM-FP4), section 4.2: k_j is the whole-number part of a channel's exponent bias, M
-stands for the shared one. Differs: weights are divided where the paper's carry k_j in their exponents, the same product;
+k_j is the whole-number part of a channel's exponent bias in the paper, and M stands for the shared one.
+Source: Liu et al. 2023, arXiv:2310.16836 (LLM-FP4), section 4.2.
+Differs: weights are divided where the paper's carry k_j in their exponents, the same product;
 inputs' ranges are each token's own, so that M says how far channels are evened out, not where they are cut off.
 For: before quantize/fpq, where inputs are floats of four bits; whole numbers take SmoothQuant's scales.
 Costs: one pass through the model, and a dozen trial roundings of each linear and of 2048 tokens of its input.

@@ -41,6 +41,7 @@ def spinquant(
 ) -> Rotations:
     """The best rotations seen; raises QtoolError where the model does not allow any."""
     places.check_residual()
+    places.note_heads(note)
     random = torch.Generator().manual_seed(seed)
     matrices = [spreading_rotation(places.hidden, places.keeps_mean, random)]
     matrices += [spreading_rotation(size, False, random) for _, size in places.heads.values()]

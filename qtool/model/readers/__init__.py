@@ -11,6 +11,8 @@ where attentions can round between their linears, a fifth:
     read_rounding(config) -> AttentionRounding | None             what they round, all alike
 and where inputs can be rounded by static scales, a sixth:
     read_inputs(checkpoint, name, config) -> InputScales | None   of a quantized linear; None where its scheme has none
+and where linears, dense ones too, can rotate their inputs, a seventh:
+    read_rotation(checkpoint, name, config) -> InputRotation | None    None where there is none
 config is the quantization_config of config.json.
 """
 
