@@ -223,7 +223,7 @@ def run_qtool(job_file: Path) -> None:
         for name, module in whole.named_modules():
             kept = dict(module.named_parameters(recurse=False))
             if is_linear(module):
-                weights[f"{name}.weight"] = weight_of(module)
+                weights[f"{name}.weight"] = weight_of(module).contiguous()  # those in groups of one input channel are not
                 kept = {key: value for key, value in kept.items() if key == "bias"}
             weights |= {f"{name}.{key}": value.to(torch.float32, copy=True) for key, value in kept.items()}
     save_file(weights, out / "weights.safetensors")
