@@ -120,11 +120,11 @@ class CodebookGrid:
         """The shares of the full range between which each group's best range lies.
 
         Above 1 the largest weight moves down towards the level next to the last, about which levels lie closer: in e2m1 from
-        6 towards 4, in scales that are powers of two to half of where it was.
+        6 towards 4. Scales that are powers of two double or halve.
         """
-        low = 0.4 if len(self.table) > 8 else 0.2
         if self.scale_dtype == "float8_e8m0fnu":
-            return low, 2.0
+            return 0.5, 2.0
+        low = 0.4 if len(self.table) > 8 else 0.2
         magnitudes = sorted({abs(level) for level in self.table} - {0.0})
         return low, magnitudes[-1] / magnitudes[-2] if len(magnitudes) > 1 else 1.0
 

@@ -80,6 +80,8 @@ def diagonal_blocks(H: Tensor, group: int) -> Tensor:
 def shares_of(grid: Grid, steps: int) -> list[float]:
     """The shares of the full range to try beside 1, falling: `steps` below 1, wider ones as far apart."""
     low, high = grid.shares
+    if isinstance(grid, CodebookGrid) and grid.scale_dtype == "float8_e8m0fnu":
+        return [high, low]  # between them there is no other scale
     n = round(steps * (high - low) / (1 - low))
     return [share for step in range(n + 1) if (share := high - (high - low) * step / n) != 1]
 
