@@ -17,8 +17,6 @@ from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import Recipe, Step
 
-JOINING = ("vllm", "sglang")  # runtimes that multiply q, k and v, gate and up, by one matrix
-
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
@@ -80,8 +78,7 @@ def check_exports(steps: Sequence[Step], model: ModelHandle) -> None:
                 with located(step):
                     if schemes or not holds_without:
                         step.method.holds(model, schemes, step.options)
-                    check_runtime(model, step, schemes, cache)
-                    check_tensor_scales(step, steps[:index], schemes)
+                    check_runtime(model, step, steps[:index], schemes, cache)
 
 
 def check_additions(step: Step, model: ModelHandle) -> None:
@@ -115,7 +112,9 @@ def check_uncached(step: Step, model: ModelHandle) -> None:
         raise QtoolError(f"{step.key}: the model's cache is {cache} already; leave the step away, or use the model before it")
 
 
-def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None) -> None:
+def check_runtime(
+    model: ModelHandle, step: Step, before: Sequence[Step], schemes: dict[str, Scheme], cache: KvScheme | KiviScheme | None
+) -> None:
     """Raise QtoolError where the runtime that an export's options ask for does not serve these schemes."""
     if not isinstance(step.options, ExportOptions) or (wanted := step.options.runtime) is None:
         return
@@ -127,19 +126,20 @@ def check_runtime(model: ModelHandle, step: Step, schemes: dict[str, Scheme], ca
     if all(why is not None for _, why in asked):
         entry, why = asked[0]
         raise QtoolError(f"{step.key}: {entry} does not serve it: {why}")
+    if any(entry.fused_alike for entry, _ in asked):
+        check_tensor_scales(f"{step.key}: {wanted}", before)
 
 
-def check_tensor_scales(step: Step, before: Sequence[Step], schemes: dict[str, Scheme]) -> None:
-    """Raise QtoolError where NVFP4 made without text, a scale of the tensor for each linear, is to be joined by a runtime."""
-    if not isinstance(step.options, ExportOptions) or step.options.runtime not in JOINING:
-        return
-    if not any(scheme.weights.scale_dtype == "float8_e4m3fn" for scheme in schemes.values()):
-        return
-    for one in before:
-        if (one.method.kind, one.method.scope) == ("quantize", "linear") and not one.method.needed(one.options):
+def check_tensor_scales(where: str, steps: Sequence[Step]) -> None:
+    """Raise QtoolError, which begins with `where`, if a step without text gives each linear an NVFP4 scale of the tensor."""
+    for step in steps:
+        if not isinstance(step.options, SchemeSelection) or step.method.scope != "linear" or step.method.needed(step.options):
+            continue
+        stated = (step.options.scheme, *step.options.modules.values())
+        if any(isinstance(one, Scheme) and one.weights.scale_dtype == "float8_e4m3fn" for one in stated):
             raise QtoolError(
-                f"{step.key}: {step.options.runtime} joins linears that share an input under one scale of the tensor, and "
-                f"{one.key} without text gives each its own; take quantize/gptq, or range: hessian"
+                f"{where} joins linears that share an input under one scale of the tensor, and {step.key} without text gives "
+                "each its own; take quantize/gptq, or range: hessian"
             )
 
 
