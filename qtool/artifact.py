@@ -1,23 +1,69 @@
-"""What evaluation and export hand back: metrics with units and errors, and artifacts with a digest of every file."""
+"""What evaluation and export hand back: metrics with errors, samples of text, and artifacts with a digest of every file."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtool.errors import QtoolError
+from qtool.linalg.contributions import exponential_parts, mean_parts, standard_error
 
 MANIFEST = "SHA256SUMS"  # in every export: a line for each other file, as sha256sum reads them
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number; `stderr` is None where the metric has none. `unit` such as `nats/token`, `ppl`, `fraction`."""
+    """One measured number; `stderr` is None where the metric has none. `unit` such as `nats/token`, `ppl`, `fraction`.
+
+    part: what of the dataset it is of, such as `domain: python`; None for all of it.
+    parts: what each window or document contributes (linalg/contributions.py), which pairs it with another model's.
+    """
 
     name: str
     dataset: str
     value: float
     unit: str
     stderr: float | None = None
+    part: str | None = None
+    higher_is_better: bool | None = None
+    parts: tuple[float, ...] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote after a prompt."""
+
+    dataset: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A file of results in a form that other tools read; `name` is its path below the folder of evaluations."""
+
+    name: str
+    text: str = field(repr=False)
+
+
+Finding = Metric | Sample | Record  # what an evaluation returns a list of
+
+
+def mean_metric(
+    name: str,
+    dataset: str,
+    unit: str,
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    is_log: bool = False,
+    part: str | None = None,
+    higher_is_better: bool = False,
+) -> Metric:
+    """The weighted mean of one value for each window or document, or its exponential, with its standard error."""
+    parts = mean_parts(values, weights)
+    parts = exponential_parts(parts) if is_log else parts
+    return Metric(name, dataset, sum(parts) / len(parts), unit, standard_error(parts), part, higher_is_better, parts)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def print_summary(results: Row, folder: Path) -> None:
 
 
 def print_metrics(metrics: list[Row], console: Console | None = None) -> None:
-    """A table of subjects by metrics, each value with its standard error where it has one."""
+    """A table of subjects by metrics, each value with its standard error where it has one, and its change from the original."""
     names = list(dict.fromkeys((row["name"], row["dataset"]) for row in metrics))
     subjects = list(dict.fromkeys(row["subject"] for row in metrics))
     table = Table()
@@ -51,12 +51,25 @@ def print_metrics(metrics: list[Row], console: Console | None = None) -> None:
         unit = next(iter(rows.values()))["unit"]
         cells = [value_with_error(rows[subject]) if subject in rows else "" for subject in subjects]
         table.add_row(f"{escape(name)} [dim]{escape(unit)}, {escape(dataset)}[/dim]", *cells)
+        changes = [change_in_words(rows[subject]) if subject in rows else "" for subject in subjects]
+        if any(changes):
+            table.add_row("  [dim]change from the original[/dim]", *changes)
     if names:
         (console or make_console()).print(table)
 
 
 def value_with_error(row: Row) -> str:
     return number(row["value"]) + ("" if row["stderr"] is None else f" ± {number(row['stderr'])}")
+
+
+def change_in_words(row: Row) -> str:
+    """`+0.12 ± 0.01`, or that it is within chance; empty where the row is not compared."""
+    if row.get("difference") is None:
+        return ""
+    if row["is_significant"] is False:
+        return "no significant change"
+    error = "" if row["difference_stderr"] is None else f" ± {number(row['difference_stderr'])}"
+    return f"{row['difference']:+.4g}{error}"
 
 
 def number(value: float) -> str:

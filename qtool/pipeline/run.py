@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact import Artifact, Metric, changed_files, write_manifest
+from qtool.artifact import Artifact, changed_files, write_manifest
 from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
@@ -28,6 +28,7 @@ from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
 from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, write_beside
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.training import run_training
@@ -35,7 +36,7 @@ from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
 from qtool.report.card import write_card
 from qtool.report.html import write_report
-from qtool.report.results import SCHEMA, check_gates, export_row, metric_row, versions
+from qtool.report.results import SCHEMA, check_gates, export_row, versions
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Run:
         self.progress = progress
         self.tokens: Tensor | None = None
         self.changes: tuple[Path, ...] = ()
-        self.metrics: list[dict[str, Any]] = []
+        self.measured: dict[str, Measurement] = {}  # by step and, of an export, its format; in the order of the run
         self.stages: list[dict[str, Any]] = []
         self.linears: dict[str, dict[str, Any]] = {}
         self.searches: list[dict[str, Any]] = []
@@ -92,7 +93,8 @@ class Run:
                 state.finish(result)
             self.folder.event("step_done", key=step.key, **stage.facts)
         self.stages.append(result["stage"])
-        self.metrics += result.get("metrics", [])
+        if step.method.kind == "evaluate":
+            self.measured[state.path.name] = result
         self.fallbacks += [f"{step.key}: {text}" for text in result.get("fallbacks", [])]
         for linear in result.get("linears", []):
             self.linears[linear["name"]] = {**self.linears.get(linear["name"], {}), **linear}
@@ -144,13 +146,12 @@ class Run:
             if self._compressed is not self.original:
                 subjects.append(("compressed", self._compressed))
             self.progress.stage(step.key, len(subjects))
-            return {"metrics": [row for name, model in subjects for row in self._measure(step, name, model)]}
+            found: list[Measurement] = []
+            for name, model in subjects:
+                found.append(measure(step, name, model, self.original, self.recipe.seed, found[0] if found else None))
+                self.progress.advance(name)
+            return joined(found)
         return {"exports": [self._export(step)]}
-
-    def _measure(self, step: Step, subject: str, model: ModelHandle) -> list[dict[str, Any]]:
-        found: list[Metric] = step.method.run(model, self.original, step.options, self.recipe.seed)
-        self.progress.advance(subject)
-        return [metric_row(metric, subject) for metric in found]
 
     def _export(self, step: Step) -> dict[str, Any]:
         name = step.key.split("/")[1]
@@ -172,20 +173,23 @@ class Run:
             if result is None or result.get("sha256") != row["sha256"]:
                 self.progress.stage(f"{step.key} of {subject}", 1)
                 with located(step), Stage(f"{step.key} of {subject}") as stage:
-                    result = {"metrics": self._measure(step, subject, ModelHandle(options))}
+                    before = of_subject(self.measured[StepFolder(self.folder, index, step.key).path.name], "original")
+                    result = measure(step, subject, ModelHandle(options), self.original, self.recipe.seed, before)
+                    self.progress.advance(subject)
                 result |= {"stage": stage.facts, "sha256": row["sha256"]}
                 state.finish(result)
-            self.metrics += result["metrics"]
+            self.measured[state.path.name] = result
             self.stages.append(result["stage"])
 
     def finish(self) -> dict[str, Any]:
         """Check the gates; write results.json and report.html."""
-        gates = check_gates(self.recipe.gates, self.metrics)
+        found = as_results(self.measured)
+        gates = check_gates(self.recipe.gates, found["metrics"])
         results = {
             "schema": SCHEMA,
             "status": "done" if all(gate["passed"] for gate in gates) else "gate-failed",
             "digest": self.recipe.digest,
-            "metrics": self.metrics,
+            **found,
             "model": {
                 "path": self.recipe.model.path,
                 "revision": self.original.revision,
@@ -201,6 +205,7 @@ class Run:
         }
         for row in self.exports:
             write_card(self.folder.path / row["path"], self.recipe, self.original.folder, results, row)
+        write_beside(self.folder.path, self.measured)
         write_text(self.folder.path / "results.json", json.dumps(results, indent=1) + "\n")
         write_report(self.folder.path / "report.html", results, self.recipe.to_yaml())
         self.folder.event("finished", status=results["status"])
@@ -241,15 +246,17 @@ def evaluate_target(
     else:
         original = ModelHandle(ModelOptions(path=target, device=device, allow_pickle=allow_pickle))
         subjects, seed = [("original", original)], 0
-    metrics = []
     for step in steps:
         check_step(step, original)
-    for step in steps:
+    measured: dict[str, Measurement] = {}
+    for index, step in enumerate(steps):
         progress.stage(step.key, len(subjects))
+        found: list[Measurement] = []
         for name, model in subjects:
-            metrics += [metric_row(row, name) for row in step.method.run(model, original, step.options, seed)]
+            found.append(measure(step, name, model, original, seed, found[0] if found else None))
             progress.advance(name)
-    return {"schema": SCHEMA, "metrics": metrics, "versions": versions()}
+        measured[f"{index:02d}-{step.key.replace('/', '-')}"] = joined(found)
+    return {"schema": SCHEMA, **as_results(measured), "versions": versions()}
 
 
 def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Artifact:

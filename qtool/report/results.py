@@ -1,12 +1,28 @@
-"""results.json: everything a script may want to know of a run, in a form that does not change within a schema version."""
+"""results.json: everything a script may want to know of a run, in a form that does not change within a schema version.
+
+    metrics     a row for each metric, dataset and subject (`original`, `compressed`, `export:<format>`):
+                name, dataset, subject, value, unit, stderr, higher_is_better (null: neither is better)
+                difference, difference_stderr, is_significant: from the original over the same windows or documents, in the
+                metric's unit; null for the original itself, for what compares already, and where nothing pairs them
+                part: always null here
+    breakdown   rows of the same form, of a part of the dataset each: part is `domain: python`, `positions: 0-15`, ...
+    samples     {dataset, prompt, texts: {subject: what it wrote}} for each prompt of evaluate/generation
+    gates       see report/gates.py
+Beside it stand paired.json, what each window or document contributes to each row of `metrics`
+(linalg/contributions.py): {name, dataset, subject, parts: [...]}, so that other runs over the same text pair with this one;
+and evaluations/, results in other tools' own formats.
+"""
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 from qtool.artifact import Artifact, Metric
 from qtool.errors import QtoolError
+from qtool.linalg.contributions import difference_error, is_significant
 
 SCHEMA = 1
 PACKAGES = (
@@ -22,8 +38,44 @@ PACKAGES = (
 
 
 def metric_row(metric: Metric, subject: str) -> dict[str, Any]:
-    """One entry of `metrics`; subject is `original`, `compressed` or `export:<format>`."""
-    return {**asdict(metric), "subject": subject}
+    """One entry of `metrics` or `breakdown`, before it is compared, and with its parts."""
+    row = {**asdict(metric), "subject": subject}
+    row["parts"] = None if metric.parts is None else list(metric.parts)
+    return row | {"difference": None, "difference_stderr": None, "is_significant": None}
+
+
+def compare(row: dict[str, Any], originals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row with its difference from the original's of the same metric; as it is where nothing pairs them."""
+    key = itemgetter("name", "dataset", "part")
+    before = next((one for one in originals if key(one) == key(row)), None)
+    if before is None or row["subject"] == "original" or row["parts"] is None or before["parts"] is None:
+        return row
+    if len(row["parts"]) != len(before["parts"]):
+        return row  # a tokenizer of its own cuts the text elsewhere
+    difference, error = row["value"] - before["value"], difference_error(row["parts"], before["parts"])
+    found = {"difference": difference, "difference_stderr": error, "is_significant": is_significant(difference, error)}
+    return row | found
+
+
+def split_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows with parts as `metrics` and `breakdown` of results.json, and as the entries of paired.json."""
+    shown = [{name: value for name, value in row.items() if name != "parts"} for row in rows]
+    whole, pieces = ([row for row in shown if (row["part"] is None) is wanted] for wanted in (True, False))
+    names = ("name", "dataset", "subject")
+    paired = [
+        {name: row[name] for name in names} | {"parts": [float(f"{part:.8g}") for part in row["parts"]]}
+        for row in rows
+        if row["parts"] is not None and row["part"] is None
+    ]
+    return whole, pieces, paired
+
+
+def sample_rows(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`samples` of results.json, from {dataset, prompt, text, subject}."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for one in samples:
+        found.setdefault((one["dataset"], one["prompt"]), {})[one["subject"]] = one["text"]
+    return [{"dataset": dataset, "prompt": prompt, "texts": texts} for (dataset, prompt), texts in found.items()]
 
 
 def export_row(artifact: Artifact, root: str) -> dict[str, Any]:

@@ -10,13 +10,12 @@ Costs: a pass of both models over the text.
 """
 
 import contextlib
-import math
+from dataclasses import replace
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from qtool.artifact import Metric
+from qtool.artifact import Metric, mean_metric
 from qtool.calibration.tokens import TextOptions, check_length, read_tokens
 from qtool.linalg.divergence import kl
 from qtool.model.handle import ModelHandle
@@ -41,18 +40,14 @@ def kl_divergence(model: ModelHandle, reference: ModelHandle, options: KlOptions
         for sample, original_sample in zip(hidden.split(1), original.split(1), strict=True):  # one window at a time
             q = model.logits(sample)[0, :-1]  # [length - 1, vocab], logits
             p = reference.logits(original_sample)[0, :-1].to(q.device)  # [length - 1, vocab]
-            divergences.append(kl(p, q).double().mean())
-            agreements.append((p.argmax(-1) == q.argmax(-1)).double().mean())
-    return [
-        metric("kl_divergence", options.source, torch.stack(divergences), "nats/token"),
-        metric("top1_agreement", options.source, torch.stack(agreements), "fraction"),
+            divergences.append(float(kl(p, q).double().mean()))
+            agreements.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    # The original's own figures are 0 and 1 by definition: nothing to be compared with.
+    found = [
+        mean_metric("kl_divergence", options.source, "nats/token", divergences),
+        mean_metric("top1_agreement", options.source, "fraction", agreements, higher_is_better=True),
     ]
-
-
-def metric(name: str, dataset: str, values: Tensor, unit: str) -> Metric:
-    """The mean over windows [samples] with its standard error."""
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Metric(name, dataset, float(values.mean()), unit, error)
+    return [replace(metric, parts=None) for metric in found] if model is reference else found
 
 
 def check_text(model: ModelHandle, options: KlOptions) -> None:

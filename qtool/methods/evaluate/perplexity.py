@@ -10,14 +10,14 @@ For: a figure to compare with papers; less sensitive than the KL divergence.
 Costs: a pass over the text.
 """
 
-import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from qtool.artifact import Metric
+from qtool.artifact import Metric, mean_metric
 from qtool.calibration.tokens import TextOptions, check_length, read_tokens
 from qtool.model.handle import ModelHandle
 from qtool.registry import Method
@@ -33,13 +33,11 @@ def perplexity(model: ModelHandle, reference: ModelHandle, options: PerplexityOp
     """Perplexity of the model and, where it is not the original itself, the change from the original."""
     tokens = read_tokens(options, model.tokenizer, seed)  # [samples, length]
     losses = window_losses(model, tokens)  # [samples]
-    value = math.exp(losses.mean())
-    metrics = [Metric("perplexity", options.source, value, "ppl", standard_error(value, losses))]
+    metrics = [mean_metric("perplexity", options.source, "ppl", losses.tolist(), is_log=True)]
     if model is not reference:
-        difference = losses - window_losses(reference, tokens)  # [samples]
-        ratio = math.exp(difference.mean())
-        error = standard_error(ratio, difference)
-        metrics.append(Metric("perplexity_change", options.source, ratio - 1, "fraction", error))
+        difference = (losses - window_losses(reference, tokens)).tolist()  # [samples]
+        ratio = mean_metric("perplexity_change", options.source, "fraction", difference, is_log=True)
+        metrics.append(replace(ratio, value=ratio.value - 1, parts=tuple(part - 1 for part in ratio.parts or ())))
     return metrics
 
 
@@ -54,11 +52,6 @@ def window_losses(model: ModelHandle, tokens: Tensor) -> Tensor:
             losses = F.cross_entropy(logits, ids[1:].to(logits.device), reduction="none")  # [length - 1]
             means.append(losses.double().mean())
     return torch.stack(means).cpu()
-
-
-def standard_error(derivative: float, values: Tensor) -> float | None:
-    """Of a function of the mean of independent values [samples], by the delta method; None for a single value."""
-    return derivative * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def check_text(model: ModelHandle, options: PerplexityOptions) -> None:
