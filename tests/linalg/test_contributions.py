@@ -1,0 +1,79 @@
+"""Contributions of units: their standard errors against the bootstrap and against worked cases."""
+
+import math
+import random
+import statistics
+
+import pytest
+
+from qtool.linalg.contributions import (
+    difference_error,
+    exponential_parts,
+    is_significant,
+    jackknife_parts,
+    mean_parts,
+    standard_error,
+)
+
+
+def draws(n: int, seed: int) -> list[float]:
+    source = random.Random(seed)
+    return [source.gauss(2.0, 0.5) for _ in range(n)]
+
+
+def bootstrap(statistic, n: int) -> float:  # type: ignore[no-untyped-def]
+    """Standard deviation of a statistic of resampled unit numbers."""
+    source = random.Random(7)
+    return statistics.stdev(statistic([source.randrange(n) for _ in range(n)]) for _ in range(1000))
+
+
+def test_a_plain_mean_has_the_textbook_error() -> None:
+    assert mean_parts([1.0, 2.0, 6.0]) == (1.0, 2.0, 6.0)
+    assert standard_error([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt(7 / 3))
+    assert standard_error([1.0]) is None
+
+
+def test_parts_of_a_weighted_mean_average_to_it_and_its_error_is_the_bootstraps() -> None:
+    values, weights = draws(60, 0), [float(1 + i % 5) for i in range(60)]
+    parts = mean_parts(values, weights)
+    mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    assert statistics.fmean(parts) == pytest.approx(mean, rel=1e-12)
+
+    def resampled(units: list[int]) -> float:
+        return sum(values[i] * weights[i] for i in units) / sum(weights[i] for i in units)
+
+    assert standard_error(parts) == pytest.approx(bootstrap(resampled, 60), rel=0.1)  # 1000 resamples know it to 3 %
+
+
+def test_a_paired_difference_of_exponentials_has_the_bootstraps_error() -> None:
+    before = draws(60, 1)
+    after = [loss + 0.05 + 0.1 * extra for loss, extra in zip(before, draws(60, 2), strict=True)]
+    parts, others = exponential_parts(mean_parts(after)), exponential_parts(mean_parts(before))
+
+    def resampled(units: list[int]) -> float:
+        return math.exp(statistics.fmean(after[i] for i in units)) - math.exp(statistics.fmean(before[i] for i in units))
+
+    paired = difference_error(parts, others)
+    assert paired == pytest.approx(bootstrap(resampled, 60), rel=0.1)
+    alone = standard_error(parts)
+    assert alone is not None and paired is not None and paired < alone / 2  # how hard a text is cancels
+
+
+def test_a_factor_scales_what_is_taken_away() -> None:
+    parts = draws(20, 3)
+    assert difference_error(parts, [part / 1.05 for part in parts], 1.05) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_jackknife_of_a_mean_is_the_mean() -> None:
+    values = draws(30, 4)
+    parts = jackknife_parts(lambda units: statistics.fmean(values[i] for i in units), 30)
+    assert parts == pytest.approx(values, rel=1e-9)
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(0.1, False), (0.04, True), (None, None), (0.0, True)])
+def test_a_difference_counts_beyond_two_errors(error: float | None, verdict: bool | None) -> None:
+    assert is_significant(0.1, error) is verdict
+
+
+def test_nothing_is_no_significant_change() -> None:
+    assert is_significant(0.0, 0.0) is False
