@@ -1,10 +1,14 @@
 """What the peer runners share: read a job, check what the peer made of it, write the result.
 
-A job is a JSON file with the fields of `Job`. A runner leaves two files in `out`:
+A job is a JSON file with the fields of `Job`. Where it rounds weights alone, a runner leaves two files in `out`:
 `weights.safetensors` holds every parameter of the final model in float32 under its transformers name, the quantized
 ones dequantized from the peer's own codes, scales and zeros; `result.json` holds settings, seconds, memory and a note.
 Nothing is written unless the weights pass the checks of `check_levels`, `check_e2m1` and `check_logits`.
 `bits_per_weight` counts what the tool stores for the quantized linears, see `stored_bits`.
+
+Where a job rounds inputs too, weights alone do not tell what the tool's model computes, and the tool's own forward is measured
+where it runs, in float32: `result.json` holds loss and KL from the original of every window besides, see `measure_windows`, and
+nothing is written unless all that the linears multiply lies on levels of the job's formats, see `check_products`.
 """
 
 import json
@@ -16,9 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +31,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 MAX_LOGIT_ERROR = 0.01  # relative L2; both models round to bfloat16 (2^-9), a few times per block
 E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of NVFP4's elements, without 0
+# How inputs may be rounded: magnitudes under one scale, and how many channels share it, null for all of a token.
+INPUT_LEVELS: dict[str, tuple[tuple[float, ...], int | None]] = {
+    "int8": (tuple(range(129)), None),
+    "int4": (tuple(range(9)), None),
+    "e4m3": (tuple(torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).tolist()), None),
+    "nvfp4": ((0.0, *E2M1), 16),
+    "mxfp4": ((0.0, *E2M1), 32),
+}
+LOOKED_AT = 32  # tokens whose rounded inputs are checked
 INDICES = ("g_idx", "weight_shape", "bias")  # of a linear's stored tensors, what is no code, scale or zero point
 
 
@@ -33,7 +47,8 @@ INDICES = ("g_idx", "weight_shape", "bias")  # of a linear's stored tensors, wha
 class Job:
     """model: checkpoint folder; tokens: safetensors file; out: folder to create; options: the tool's own arguments.
 
-    format: int, nf4, fp4 (bitsandbytes' table) or nvfp4.
+    format: int, nf4, fp4 (bitsandbytes' table), nvfp4 or mxfp4; group: null for one scale an output channel.
+    inputs: how they are rounded, a key of INPUT_LEVELS; reference: what `write_reference` wrote. Null: weights alone.
     """
 
     model: Path
@@ -41,10 +56,12 @@ class Job:
     method: str
     format: str
     bits: int
-    group: int
+    group: int | None
     symmetric: bool
     out: Path
     options: dict[str, str | int | float | bool | None]
+    inputs: str | None = None
+    reference: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,15 @@ class Outcome:
     bits_per_weight: float
     note: str
     rounded: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What quantizing took, as in Outcome."""
+
+    seconds: float
+    peak_rss_gib: float
+    note: str
 
 
 def fail(message: str) -> NoReturn:
@@ -82,11 +108,15 @@ def read_job() -> Job:
     """The job named on the command line; exits with one line if it is no valid job."""
     if len(sys.argv) != 2:
         fail(f"usage: {Path(sys.argv[0]).name} JOB.json")
-    raw = json.loads(Path(sys.argv[1]).read_text())
+    return parse_job(json.loads(Path(sys.argv[1]).read_text()))
+
+
+def parse_job(raw: dict[str, Any]) -> Job:
+    """The job with these fields; exits with one line if they are not those of a job."""
     known = {field.name for field in fields(Job)}
-    if set(raw) != known:
-        fail(f"{sys.argv[1]}: fields {sorted(raw)} must be {sorted(known)}")
-    return Job(**{**raw, **{name: Path(raw[name]) for name in ("model", "tokens", "out")}})
+    if not known - {"inputs", "reference"} <= set(raw) <= known:
+        fail(f"a job: fields {sorted(raw)} must be {sorted(known)}")
+    return Job(**{**raw, **{name: Path(raw[name]) for name in ("model", "tokens", "out", "reference") if raw.get(name)}})
 
 
 def read_tokens(job: Job) -> Tensor:
@@ -157,17 +187,21 @@ def count_weights(model: nn.Module, linears: list[str]) -> int:
     return sum(model.get_parameter(f"{name}.weight").numel() for name in linears)
 
 
-def check_e2m1(rounded: dict[str, Tensor]) -> None:
-    """Every 16 neighbours of each linear's weights [out, in] must be E2M1 levels under one scale, or the run fails."""
-    levels = torch.tensor((0.0, *E2M1))
+def on_levels(values: Tensor, levels: Tensor) -> Tensor:
+    """Which groups [groups] of values [groups, group] are levels [n], rising from 0, under one scale and either sign."""
+    top = values.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # [groups, 1]
+    fits = values.abs().amax(-1) == 0  # [groups]
+    for level in levels[1:]:  # the largest value is one of them
+        ratio = values.abs() * (level / top)
+        nearest = levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)]
+        fits |= ((ratio - nearest).abs() < 1e-3 * nearest.clamp(min=float(levels[1]))).all(-1)
+    return fits
+
+
+def check_e2m1(rounded: dict[str, Tensor], group: int = 16) -> None:
+    """Each linear's weights [out, in] must be E2M1 levels under one scale a group, or the run fails."""
     for name, weight in rounded.items():
-        w = weight.abs().reshape(-1, 16)  # [groups, 16]
-        top = w.amax(-1, keepdim=True)  # [groups, 1]
-        fits = torch.zeros(len(w), dtype=torch.bool)
-        for level in E2M1:  # the largest weight is one of them
-            ratio = w * level / top.clamp(min=1e-30)
-            nearest = levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)]
-            fits |= ((ratio - nearest).abs() < 1e-3).all(-1)
+        fits = on_levels(weight.reshape(-1, group), torch.tensor((0.0, *E2M1)))
         if not fits.all():
             fail(f"{name}: {int((~fits).sum())} of {len(fits)} groups are no E2M1 levels under one scale")
 
@@ -175,7 +209,7 @@ def check_e2m1(rounded: dict[str, Tensor]) -> None:
 def check_levels(job: Job, rounded: dict[str, Tensor]) -> None:
     """Each linear's weights [out, in] must lie on at most 2^bits levels per row and group, or the run fails."""
     for name, weight in rounded.items():
-        levels = max_levels(weight, job.group)
+        levels = max_levels(weight, job.group or weight.shape[1])
         if levels > 2**job.bits:
             fail(f"{name}: {levels} levels in one group must be at most {2**job.bits}")
 
@@ -198,6 +232,105 @@ def check_logits(model: PreTrainedModel, outcome: Outcome, sample: Tensor) -> st
     if not error <= MAX_LOGIT_ERROR:
         fail(f"logits of the written weights are {error:.2g} from the tool's own, must be within {MAX_LOGIT_ERROR}")
     return f"logits {error:.1e} from the tool's own, {before:.1e} from the unquantized"
+
+
+@torch.no_grad()
+def write_reference(model: nn.Module, tokens: Tensor, path: Path) -> None:
+    """Keep test tokens [windows, length] and what the original predicts after them, log p [windows, length - 1, vocab]."""
+    found = [model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for ids in tokens]
+    save_file({"tokens": tokens, "log_probs": torch.stack(found)}, path)
+
+
+@torch.no_grad()
+def measure_windows(model: nn.Module, reference: Path, n_windows: int | None = None) -> tuple[list[float], list[float]]:
+    """Mean loss, and mean KL from the original, of the first windows, or all, that `write_reference` kept; nats a token.
+
+    As qtool's evaluate/perplexity and evaluate/kl_divergence: log-softmax in float32, means in float64.
+    """
+    losses, divergences = [], []
+    with safe_open(reference, "pt") as file:
+        log_probs = file.get_slice("log_probs")
+        for index, ids in enumerate(file.get_tensor("tokens")[:n_windows]):
+            q = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)  # [length - 1, vocab]
+            p = log_probs[index : index + 1][0]  # [length - 1, vocab]
+            losses.append(float(F.nll_loss(q, ids[1:], reduction="none").double().mean()))
+            divergences.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
+    return losses, divergences
+
+
+@torch.no_grad()
+def products(model: nn.Module, linears: list[str], sample: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input [tokens, in] and weights [out, in] of the last product within each linear, or what stands for it, on a window."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    inside: list[str] = []
+    linear = F.linear
+
+    def watch(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        if inside:
+            found[inside[-1]] = x.flatten(0, -2).clone(), W.clone()
+        return linear(x, W, bias)
+
+    hooks = []
+    for name in linears:
+        module = model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    F.linear = watch
+    try:
+        model(sample[None], use_cache=False)
+    finally:
+        F.linear = linear
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def check_products(job: Job, model: nn.Module, linears: list[str], sample: Tensor) -> None:
+    """What linears multiply on a window [length] must lie on levels of the job's formats, or the run fails."""
+    assert job.inputs is not None, "the job rounds inputs"
+    found = products(model, linears, sample)
+    if sorted(found) != sorted(linears):
+        fail(f"{len(found)} linears multiplied, must be the {len(linears)} of the blocks")
+    magnitudes, group = INPUT_LEVELS[job.inputs]
+    for name, (x, _) in found.items():
+        fits = on_levels(x[:LOOKED_AT].float().reshape(-1, group or x.shape[-1]), torch.tensor(magnitudes))
+        if not fits.all():
+            fail(f"{name}: inputs of {int((~fits).sum())} of {len(fits)} groups are no levels of {job.inputs} under one scale")
+    weights = {name: W.float() for name, (_, W) in found.items()}
+    if job.format in ("nvfp4", "mxfp4"):
+        check_e2m1(weights, job.group or 16)
+    else:
+        check_levels(job, weights)
+
+
+def write_measured(job: Job, tool: str, version: str, model: PreTrainedModel, cost: Cost, linears: list[str]) -> None:
+    """Check and measure the tool's own quantized model, in float32, then write result.json into job.out.
+
+    Bits per weight are counted by the job's formats: scales of 16 bits, of MXFP4 8, of NVFP4 8 and 32 for each linear.
+    """
+    assert job.reference is not None, "the job has a reference"
+    plain = load_plain(job).float()
+    n_weights = count_weights(plain, linears)
+    _, (divergence,) = measure_windows(plain, job.reference, 1)
+    if not divergence < 1e-6:
+        fail(f"the checkpoint is {divergence:.1e} nats from what the reference was written by, must be the same model")
+    n_scales = n_weights / job.group if job.group else sum(plain.get_submodule(name).out_features for name in linears)
+    bits = job.bits + {"nvfp4": 8, "mxfp4": 8}.get(job.format, 16) * n_scales / n_weights
+    bits += 32 * len(linears) / n_weights if job.format == "nvfp4" else 0
+    model.float()
+    check_products(job, model, linears, read_tokens(job)[0])
+    losses, divergences = measure_windows(model, job.reference)
+    result = {
+        "version": version,
+        "bits_per_weight": bits,
+        "seconds": cost.seconds,
+        "peak_rss_gib": cost.peak_rss_gib,
+        "note": f"{cost.note}; {len(linears)} linears; inputs and weights on levels",
+        "losses": losses,
+        "divergences": divergences,
+    }
+    job.out.mkdir(parents=True, exist_ok=True)
+    (job.out / "result.json").write_text(json.dumps(result) + "\n")
 
 
 Quantize = Callable[[Job, PreTrainedModel, list[str]], float]  # the linears named, in place; returns wall seconds

@@ -5,8 +5,9 @@
 Methods: autoround, the tool's defaults (200 iterations of 8 windows); autoround-best, its recipe `best` (1000 iterations);
 autoround-v2, the same with `enable_alg_ext` (SignRoundV2, which it calls experimental and which changes symmetric schemes
 only). The recipe asks for 512 samples; here all methods see all of the job's tokens, as every tool does. The scheme is the
-job's bits, group and symmetry, or its weight format nv_fp with activations as they are; `options` names other arguments of
-AutoRound. torch.compile is off: on a CPU it makes the same updates take three times as long.
+job's bits, group and symmetry, or its weight format nv_fp with activations as they are; with inputs rounded its presets NVFP4
+and MXFP4. `options` names other arguments of AutoRound. torch.compile is off: on a CPU it makes the same updates take three
+times as long.
 The tokenizer's padding token is taken away, and masks of ones are given: the tool leaves out of attention and loss what
 equals the padding token, which here stands at the ends of documents.
 Dequantization: the tool leaves weights rounded to its grid in the model's 16 bits; the nearest level times its own scales,
@@ -21,7 +22,7 @@ from importlib.metadata import version
 
 import peer_job
 import torch
-from peer_job import Job, Outcome
+from peer_job import Cost, Job, Outcome
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -39,6 +40,7 @@ def dequantize(job: Job, model: PreTrainedModel, names: list[str], linears: list
     table = torch.tensor([-level for level in reversed(peer_job.E2M1)] + [0.0, *peer_job.E2M1])
     for name in linears:
         module = model.get_submodule(name)
+        module = getattr(module, "orig_layer", module)  # within what rounds its inputs
         scale = module.scale.float().reshape(len(module.weight), -1, 1)  # [out, in / group, 1]
         if job.format == "nvfp4":
             scale = scale / module.weight_global_scale.float()
@@ -67,6 +69,8 @@ def main() -> None:
     batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in tokens.split(8)]
     scheme = {"bits": job.bits, "group_size": job.group, "sym": job.symmetric, "act_bits": 16}
     scheme |= {"data_type": "nv_fp" if job.format == "nvfp4" else "int"}
+    if job.inputs is not None:
+        scheme = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}[job.inputs]
     settings = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "batch_size": 8, "device_map": "cpu"}
     settings |= {"enable_torch_compile": False}
     settings |= METHODS[job.method] | job.options
@@ -77,10 +81,17 @@ def main() -> None:
         model, _ = tool.quantize()
         seconds = time.perf_counter() - start
     peak = peer_job.peak_rss_gib()
+    note = f"warnings: {peer_job.count_messages(str(warning.message) for warning in caught)}"
+    if job.inputs is not None:
+        exact = dequantize(job, model, names, linears) if job.format == "nvfp4" else {}  # MXFP4's are exact in 16 bits
+        model.float()
+        for name, weight in exact.items():
+            model.get_parameter(name).data.copy_(weight)
+        cost = Cost(seconds, peak, note)
+        return peer_job.write_measured(job, "auto-round", version("auto-round"), model, cost, linears)
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
     weights = dequantize(job, model, names, linears)
-    note = f"warnings: {peer_job.count_messages(str(warning.message) for warning in caught)}"
     if job.format == "nvfp4":
         bits = 4 + 8 / job.group + 32 * len(linears) / n_weights
         note = f"bits of a checkpoint that it does not write; {note}"

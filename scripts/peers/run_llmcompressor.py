@@ -1,12 +1,15 @@
-"""Quantize a checkpoint with llmcompressor (RTN, GPTQ, AWQ or AutoRound) for comparison; run with its own venv's python.
+"""Quantize a checkpoint with llmcompressor for comparison; run with its own venv's python.
 
     OMP_NUM_THREADS=2 DIR/peer-llmcompressor/bin/python run_llmcompressor.py JOB.json
 
+Methods: rtn, gptq, awq, autoround; before rtn and gptq also transforms, with a hyphen: smoothquant-, hadamard- (SpinQuant's
+rotations R1, R2 and R4, which it does not learn) and quip- (the inputs of all linears rotated while the model runs).
 Settings are the tool's own: the scheme is its W4A16 preset (W4A16_ASYM if asymmetric) at the job's bits and group, or
-NVFP4A16; modifiers keep their defaults (GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points,
-duo scaling, then plain rounding; AutoRound: 200 iterations of 8 windows) unless `options` names an argument of the
-method's modifier. AutoRound runs without its `enable_torch_compile`, which takes three times as long on a CPU. Its zero
-points do not reach the layers (the modifier maps scales alone), so only symmetric jobs make sense.
+NVFP4A16; with inputs rounded those of its presets W8A8, W4A8, W4A4, W4AFP8, NVFP4 and MXFP4. Modifiers keep their defaults
+(GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points, duo scaling, then plain rounding; AutoRound: 200
+iterations of 8 windows; SmoothQuant: strength 0.8, as in its examples) unless `options` names an argument of the method's
+modifier. AutoRound runs without its `enable_torch_compile`, which takes three times as long on a CPU. Its zero points do not
+reach the layers (the modifier maps scales alone), so only symmetric jobs make sense.
 Dequantization: the tool's own codes (its `quantize`, as its exporter calls it) times its scales, in float32.
 Bits per weight: of the checkpoint it saves, in the compressed-tensors format.
 
@@ -18,41 +21,64 @@ import os
 import time
 import warnings
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import peer_job
 import torch
-from peer_job import Job, Outcome
+from peer_job import Cost, Job, Outcome
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+
+def scheme_of(job: Job) -> "QuantizationScheme":
+    """What all linears get: the tool's arguments for weights, and for inputs where the job rounds them."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import INT8_W8A8, MXFP4, NVFP4, W4AFP8
+
+    presets = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+    if job.format in presets:
+        weights = presets[job.format]["weights"]
+    else:
+        strategy = "channel" if job.group is None else "group"
+        weights = QuantizationArgs(num_bits=job.bits, strategy=strategy, group_size=job.group, symmetric=job.symmetric)
+    if job.inputs is None:
+        return QuantizationScheme(targets=["Linear"], weights=weights)
+    per_token = INT8_W8A8["input_activations"]
+    presets |= {"int8": INT8_W8A8, "e4m3": W4AFP8, "int4": {"input_activations": per_token.model_copy(update={"num_bits": 4})}}
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=presets[job.inputs]["input_activations"])
+
 
 def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, str]:
     """Quantize `model` in place with calibration tokens [samples, length]; returns wall seconds and a note."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.quant_scheme import NVFP4A16
     from llmcompressor import oneshot
     from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from loguru import logger
 
-    if job.format == "nvfp4":
-        args = NVFP4A16["weights"]
-    else:
-        args = QuantizationArgs(num_bits=job.bits, strategy="group", group_size=job.group, symmetric=job.symmetric)
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
-    target = {"config_groups": groups, "ignore": peer_job.head_names(model)}
-    if job.method == "awq":
+    *transforms, rounding = job.method.split("-")
+    target = {"config_groups": {"group_0": scheme_of(job)}, "ignore": peer_job.head_names(model)}
+    if rounding == "awq":
         recipe = [AWQModifier(**job.options), QuantizationModifier(**target)]
     else:
-        options = {"enable_torch_compile": False} if job.method == "autoround" else {}
+        options = {"enable_torch_compile": False} if rounding == "autoround" else {}
         modifiers = {"rtn": QuantizationModifier, "gptq": GPTQModifier, "autoround": AutoRoundModifier}
-        recipe = [modifiers[job.method](**target, **options | job.options)]
+        makers = {
+            "smoothquant": lambda: SmoothQuantModifier(smoothing_strength=0.8),
+            "hadamard": lambda: SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="hadamard"),
+            "quip": lambda: QuIPModifier(rotations=["v"], transform_type="random-hadamard", ignore=peer_job.head_names(model)),
+        }
+        recipe = [*(makers[name]() for name in transforms), modifiers[rounding](**target, **options | job.options)]
     ones = torch.ones_like(tokens)
     rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
-    data = None if job.method == "rtn" else DataLoader(rows, batch_size=1)
+    needs_none = job.method == "rtn" and job.inputs != "nvfp4"  # whose scale of the whole tensor is found on text
+    data = None if needs_none else DataLoader(rows, batch_size=1)
 
     messages: list[str] = []
     logger.add(
@@ -65,7 +91,7 @@ def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, s
         oneshot(model=model, dataset=data, recipe=recipe)
         seconds = time.perf_counter() - start
     messages += [str(warning.message) for warning in caught]
-    patch = "pin_memory patched out; " if job.method == "awq" else ""
+    patch = "pin_memory patched out; " if rounding == "awq" else ""
     return seconds, f"{patch}warnings: {peer_job.count_messages(messages)}"
 
 
@@ -100,6 +126,9 @@ def main() -> None:
     quantized = [name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)]
     if sorted(quantized) != sorted(linears):
         peer_job.fail(f"quantized {len(quantized)} modules, must be the {len(linears)} linears of the blocks")
+    if job.inputs is not None:
+        cost = Cost(seconds, peak, note)
+        return peer_job.write_measured(job, "llmcompressor", version("llmcompressor"), model, cost, linears)
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
     weights = dequantize(model, names, linears)

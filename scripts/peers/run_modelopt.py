@@ -4,15 +4,18 @@
 
 Settings are its presets for weights alone, INT4_AWQ_CFG and W4A16_NVFP4_CFG, at the job's group. Methods: rtn, algorithm
 max; awq, algorithm awq_lite (of NVFP4, NVFP4_AWQ_LITE_CFG without its quantizers of activations). `options` adds to the
-algorithm's arguments.
+algorithm's arguments. With inputs rounded its presets, lists and algorithms as they are: INT8_SMOOTHQUANT_CFG and
+W4A8_AWQ_BETA_CFG, whose inputs have static scales of the tensor and whose int4 weights are rounded to FP8 besides,
+NVFP4_DEFAULT_CFG and MXFP4_DEFAULT_CFG.
 Dequantization: what the quantizers of weights, which round in float32 without packing, make of the weights. AWQ scales
 inputs as they enter each linear; the written weights hold that scale, in float32, and so leave the grid along `in`.
 Bits per weight: not of a checkpoint, because the tool's export shares AWQ's scales between linears and rounds once more.
 Counted are four bits a weight, 16 bits a group and for int4, 8 bits a group and 32 a linear for NVFP4, as its exports hold,
 and 16 bits for each of AWQ's scales of inputs.
 
-Patch: `dynamic_block_quantize_op`, NVFP4's rounding of weights, exists as a CUDA kernel alone and raises on a CPU. In its
-place the tool's own packing for exports, `NVFP4QTensor.quantize`, and back. It is slower, so seconds are not the tool's.
+Patch: `dynamic_block_quantize_op`, the rounding of NVFP4 and MXFP4, exists as a CUDA kernel alone and raises on a CPU. In its
+place the tool's own packing for exports, `NVFP4QTensor.quantize` and `MXFP4QTensor.quantize`, and back. It is slower, so
+seconds are not the tool's.
 """
 
 import copy
@@ -23,7 +26,7 @@ from importlib.metadata import version
 
 import peer_job
 import torch
-from peer_job import Job, Outcome
+from peer_job import Cost, Job, Outcome
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +40,14 @@ def settings(job: Job) -> dict[str, object]:
     """The preset, with the job's group and algorithm."""
     import modelopt.torch.quantization as mtq
 
+    if job.inputs is not None:
+        presets = {
+            "int8": mtq.INT8_SMOOTHQUANT_CFG,
+            "e4m3": mtq.W4A8_AWQ_BETA_CFG,
+            "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+            "mxfp4": mtq.MXFP4_DEFAULT_CFG,
+        }
+        return copy.deepcopy(presets[job.inputs])
     config = copy.deepcopy(mtq.W4A16_NVFP4_CFG if job.format == "nvfp4" else mtq.INT4_AWQ_CFG)
     config["algorithm"] = ALGORITHMS[job.method] | job.options
     for entry in config["quant_cfg"]:
@@ -46,13 +57,18 @@ def settings(job: Job) -> dict[str, object]:
     return config
 
 
-def round_nvfp4(weight: Tensor, block_size: int, amax: Tensor, *_: int) -> Tensor:
-    """What stands in for the CUDA kernel: weights [out, in] to E2M1 under eight-bit scales, and back to their dtype."""
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+def round_blocks(x: Tensor, block_size: int, amax: Tensor | None, *bits: int) -> Tensor:
+    """What stands in for the CUDA kernel: x [..., in] to E2M1 under scales of E4M3 where there is an amax, else E8M0."""
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 
+    assert bits[:2] == (4, 2), f"E2M1 has 4 bits, 2 of them exponent, not {bits}"
+    x = x.contiguous().clone()
+    if amax is None:
+        packed, scale = MXFP4QTensor.quantize(x, block_size)
+        return packed.dequantize(x.dtype, scale=scale, block_sizes={-1: block_size})
     whole = amax.float().amax() / (6.0 * 448.0)  # as NVFP4QTensor derives it from the quantizer's amax
-    packed, scale, whole = NVFP4QTensor.quantize(weight.clone(), block_size, weights_scaling_factor_2=whole)
-    return packed.dequantize(weight.dtype, scale=scale, double_scale=whole, block_sizes={-1: block_size})
+    packed, scale, whole = NVFP4QTensor.quantize(x, block_size, weights_scaling_factor_2=whole)
+    return packed.dequantize(x.dtype, scale=scale, double_scale=whole, block_sizes={-1: block_size})
 
 
 @torch.no_grad()
@@ -77,7 +93,7 @@ def main() -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization import tensor_quant
 
-    tensor_quant.dynamic_block_quantize_op = round_nvfp4  # see the module docstring
+    tensor_quant.dynamic_block_quantize_op = round_blocks  # see the module docstring
     tokens = peer_job.read_tokens(job)
     model = peer_job.load_plain(job)
     names = [name for name, _ in model.named_parameters()]
@@ -91,16 +107,20 @@ def main() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         start = time.perf_counter()
-        mtq.quantize(model, settings(job), None if job.method == "rtn" else feed)
+        mtq.quantize(model, settings(job), None if job.method == "rtn" and job.inputs != "nvfp4" else feed)
         seconds = time.perf_counter() - start
     peak = peer_job.peak_rss_gib()
+    told = peer_job.count_messages(str(warning.message) for warning in caught)
+    patch = "block rounding patched in; " if job.format in ("nvfp4", "mxfp4") else ""
+    if job.inputs is not None:
+        cost = Cost(seconds, peak, f"{patch}warnings: {told}")
+        return peer_job.write_measured(job, "modelopt", version("nvidia-modelopt"), model, cost, linears)
     with torch.no_grad():
         logits = model(tokens[:1]).logits[0].float()  # [length, vocab]
     weights, rounded, n_scales = dequantize(model, names, linears)
     scales = 8 / job.group + 32 * len(linears) / n_weights if job.format == "nvfp4" else 16 / job.group
     bits = job.bits + scales + 16 * n_scales / n_weights
-    patch = "NVFP4 rounding patched in; " if job.format == "nvfp4" else ""
-    note = f"{patch}bits by arithmetic; warnings: {peer_job.count_messages(str(warning.message) for warning in caught)}"
+    note = f"{patch}bits by arithmetic; warnings: {told}"
     outcome = Outcome(seconds, peak, logits, weights, bits, note, rounded)
     peer_job.write_result(job, "modelopt", version("nvidia-modelopt"), outcome, tokens[0])
 
