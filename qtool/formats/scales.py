@@ -12,6 +12,8 @@ is left for groups whose best range is wider than the full one; runtimes that wa
 any scale being rounded again; and its reciprocal, which compressed-tensors stores, is exact.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,19 @@ def fit_scale(amax: Tensor, largest: float, dtype: str, of_tensor: float | Tenso
 def store_scale(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:
     """scale as it lies in the file, without s_t."""
     return (scale / of_tensor).to(SCALE_DTYPES[dtype])
+
+
+def scales_between(low: Tensor, high: Tensor, dtype: str, of_tensor: float) -> Iterator[Tensor]:
+    """Every scale [..., 1] of eight bits from high down to low, both [..., 1]; groups that have fewer repeat low."""
+    first, last = (_float8_codes(scale, dtype, of_tensor) for scale in (high, low))
+    for step in range(int((first - last).max()) + 1):
+        codes = torch.maximum(first - step, last).to(torch.uint8)
+        yield codes.view(SCALE_DTYPES[dtype]).float() * of_tensor
+
+
+def _float8_codes(scale: Tensor, dtype: str, of_tensor: float) -> Tensor:
+    """Codes of positive scales, int32: of both formats they rise as the scales do."""
+    return store_scale(scale, dtype, of_tensor).view(torch.uint8).int()
 
 
 # ---- scales that are quantized themselves ----

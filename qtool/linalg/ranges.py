@@ -8,7 +8,8 @@
 Source: Frantar et al. 2022, arXiv:2210.17323 (the plain search of its code); Lin et al. 2023, arXiv:2306.00978 (its
 clip search). Differs: the third cost is AWQ's in closed form, over every token instead of a sample of them. Tables whose last
 levels lie far apart also try wider ranges, which put the largest weight between them or onto the level before (Cook et al.
-2025, arXiv:2512.02010, Four Over Six, tries the last two levels of NVFP4).
+2025, arXiv:2512.02010, Four Over Six, tries the last two levels of NVFP4). Scales of eight bits are few: each of them is
+tried.
 Why auto is what it is: the full range of whole numbers is half a step wider than their levels, and the best one as it is: on
 the demo model's validation text a search takes nothing off the KL of rounding; of GPTQ it takes 2 % at four bits, adds 2 % at
 three and a third at two. Off NF4 and NVFP4 it takes a fifth to a third. Of floats of 8 bits the range hardly matters.
@@ -17,13 +18,14 @@ each other lowers it by 1.3 % at three bits, by nothing at four, for nearly twic
 errors add up, so that a finer search pays: 60 steps lower it by 3 to 4 %.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from qtool.formats.codebook import CodebookGrid
 from qtool.formats.integer import Params
+from qtool.formats.scales import scales_between
 from qtool.formats.scheme import Grid, WeightScheme
 
 Cost = Callable[[Tensor], Tensor]  # errors [out, groups, group] to costs [out, groups, 1]
@@ -80,18 +82,24 @@ def diagonal_blocks(H: Tensor, group: int) -> Tensor:
 def shares_of(grid: Grid, steps: int) -> list[float]:
     """The shares of the full range to try beside 1, falling: `steps` below 1, wider ones as far apart."""
     low, high = grid.shares
-    if isinstance(grid, CodebookGrid) and grid.scale_dtype == "float8_e8m0fnu":
-        return [high, low]  # between them there is no other scale
     n = round(steps * (high - low) / (1 - low))
     return [share for step in range(n + 1) if (share := high - (high - low) * step / n) != 1]
+
+
+def _candidates(grid: Grid, minimum: Tensor, maximum: Tensor, steps: int) -> Iterator[Params]:
+    """Params [out, groups, 1] of the ranges to try beside the full one, falling; minimum, maximum [out, groups, 1]."""
+    if isinstance(grid, CodebookGrid) and grid.scale_dtype in ("float8_e8m0fnu", "float8_e4m3fn"):
+        low, high = (grid.fit_range(share * minimum, share * maximum).scale for share in grid.shares)
+        yield from (Params(scale, None) for scale in scales_between(low, high, grid.scale_dtype, grid.of_tensor))
+    else:
+        yield from (grid.fit_range(share * minimum, share * maximum) for share in shares_of(grid, steps))
 
 
 def _search(w: Tensor, grid: Grid, cost: Cost, steps: int) -> Params:
     minimum, maximum = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [out, groups, 1]
     best = grid.fit(w)
     least = cost(grid.snap(w, best) - w)  # [out, groups, 1]
-    for share in shares_of(grid, steps):
-        params = grid.fit_range(share * minimum, share * maximum)
+    for params in _candidates(grid, minimum, maximum, steps):
         costs = cost(grid.snap(w, params) - w)  # [out, groups, 1]
         better = costs < least
         least = torch.where(better, costs, least)

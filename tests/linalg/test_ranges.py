@@ -5,7 +5,7 @@ import torch
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.codebook import CodebookGrid
-from qtool.formats.integer import IntegerGrid
+from qtool.formats.integer import IntegerGrid, Params
 from qtool.formats.scheme import Grid
 from qtool.linalg import ranges
 from qtool.linalg.ranges import diagonal_blocks, output_cost, plain_cost, search_range, weighted_cost
@@ -113,3 +113,17 @@ def test_the_largest_weight_of_a_group_may_move_to_the_level_before_the_last() -
     found = search_range(w, grid, plain_cost)
     assert float(found.scale) == 1.5 and torch.equal(grid.snap(w, found), w)
     assert float(grid.fit(w).scale) == 1.0
+
+
+def test_every_scale_of_eight_bits_in_reach_is_tried() -> None:
+    w, _ = problem()
+    w[0, 0] = 0  # a group without a range
+    grid = CodebookGrid("e2m1", "float8_e4m3fn").for_tensor(w)
+    found = search_range(w, grid, plain_cost, steps=1)
+    codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * grid.of_tensor  # all above zero
+    least, greatest = (grid.fit(share * w).scale for share in grid.shares)  # [out, groups, 1]
+    for o in range(OUT):
+        for g in range(GROUPS):
+            tried = [scale for scale in codes if least[o, g] <= scale <= greatest[o, g]]
+            costs = [plain_cost(grid.snap(w[o, g], Params(scale.view(1), None)) - w[o, g]) for scale in tried]
+            assert float(plain_cost(grid.snap(w[o, g], Params(found.scale[o, g], None)) - w[o, g])) == float(min(costs))
