@@ -231,7 +231,9 @@ def read_subject(arguments: argparse.Namespace) -> Subject:
     """The model and both texts that the command line names; writes the calibration tokens into its work folder."""
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    original = ModelHandle(ModelOptions(path=arguments.model, dtype="float32"))
+    folder = Path(arguments.model)  # jobs run elsewhere, where a relative path leads to nothing
+    model = str(folder.resolve()) if folder.is_dir() else arguments.model
+    original = ModelHandle(ModelOptions(path=model, dtype="float32"))
     text = {"source": "demo:calibration", "samples": arguments.samples, "length": 512}
     tokens = read_tokens(TextOptions.model_validate(text), original.tokenizer, 0)  # [samples, length]
     save_file({"tokens": tokens}, work / "tokens.safetensors")
