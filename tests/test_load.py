@@ -74,6 +74,25 @@ def test_other_families(family: str, tiny_model: TinyModel, quantized: Quantized
     assert_computes_as(qtool.load(export("qtool", model, tmp_path / "out"), device="cpu"), model)
 
 
+def test_the_fast_runtime_writes_what_the_reference_does_and_says_what_it_could_not_do(
+    tiny_model: TinyModel, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model("llama", dtype="bfloat16", num_key_value_heads=4), {"*_proj": "w4a16g32", "lm_head": "nf4g64"})
+    folder = export("qtool", model, tmp_path / "out")
+    with pytest.warns(UserWarning, match="14 of 15 linears: torch int4\n1 of 15 linears decode at each call, lm_head first"):
+        found = qtool.load(folder, device="cpu", runtime="fast")
+    expected = qtool.load(folder, device="cpu")
+    with torch.no_grad():
+        logits, exact = found(TOKENS).logits.float(), expected(TOKENS).logits.float()
+    assert (logits - exact).norm() <= 2**-6 * exact.norm()  # two blocks in bfloat16, rounded at 2^-9 in another order
+    assert found.generate(TOKENS, max_new_tokens=4, do_sample=False).shape == (2, 16)
+
+
+def test_a_fast_runtime_of_a_dense_model_is_refused(tiny_model: TinyModel) -> None:
+    with pytest.raises(QtoolError, match="no linear has a fast product"):
+        qtool.load(tiny_model("llama", dtype="bfloat16"), device="cpu", runtime="fast")
+
+
 def test_config_and_generation_config_are_the_folders(tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": [1, 7]}))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli.options import AllowPickle, Device, Json, Overrides
+from qtool.cli.options import AllowPickle, Device, Json, Overrides, Runtime
 from qtool.cli.progress import show_progress
 from qtool.cli.summary import print_metrics
 from qtool.errors import QtoolError
@@ -24,6 +24,9 @@ def evaluate(
     length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows to take; all where not given.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    runtime: Annotated[
+        Runtime, typer.Option(help="What computes quantized linears: decoded weights as in a run, or a device's fast products.")
+    ] = Runtime.reference,
     device: Device = None,
     allow_pickle: AllowPickle = False,
     json_only: Json = False,
@@ -33,11 +36,13 @@ def evaluate(
     with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
         from qtool.pipeline.run import evaluate_target  # here, because it imports torch
 
-        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle)
+        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value)
     if json_only:
         print(json.dumps(results, indent=1))
     else:
         print_metrics(results["metrics"])
+        for line in results["runtime"]:
+            print(f"{runtime.value}: {line}")
 
 
 def choose_steps(

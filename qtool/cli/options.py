@@ -1,9 +1,19 @@
 """Arguments and options that several verbs take in the same form."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Runtime(StrEnum):
+    """What computes quantized linears."""
+
+    reference = "reference"
+    cpu = "cpu"
+    cuda = "cuda"
+
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[

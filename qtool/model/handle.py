@@ -31,6 +31,7 @@ from qtool.layers.experts import Experts, is_fused
 from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.layers.rotated_input import carry_rotation, rotate_input
+from qtool.model.acceleration import Acceleration
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
 from qtool.model.linear import is_linear, shape_of
@@ -187,9 +188,11 @@ class Block:
 class ModelHandle:
     """Owns the skeleton, the checkpoint and the changes made so far; see the module's docstring."""
 
-    def __init__(self, options: ModelOptions, changes: tuple[Path, ...] = ()) -> None:
+    def __init__(self, options: ModelOptions, changes: tuple[Path, ...] = (), acceleration: Acceleration | None = None) -> None:
+        """acceleration: makes quantized linears fast as they are loaded, and counts them; None: they decode."""
         self.options = options
         self.changes = changes
+        self.acceleration = acceleration
         self.folder = resolve_folder(options)
         self.device = torch.device(_device(options.device))
         trust = options.trust_remote_code
@@ -344,6 +347,8 @@ class ModelHandle:
                 round_attention(root.get_submodule(name.removeprefix(prefix).removesuffix(ROUNDING)), value)
             elif isinstance(value, InputRotation):
                 self._place_rotation(root, name.removesuffix(ROTATION).removeprefix(prefix), value)
+        if self.acceleration is not None:
+            self.acceleration.accelerate(root, prefix, self.dtype)
 
     def unit_changes(self, unit: str) -> Changes:
         """All changes of `outer` or `block_000`: the latest folder that has the unit counts."""

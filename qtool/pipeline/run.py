@@ -22,6 +22,7 @@ from qtool.calibration.tokens import digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme, SchemeSelection
+from qtool.model.acceleration import Acceleration, device_of_runtime
 from qtool.model.handle import ModelHandle
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
@@ -234,20 +235,35 @@ def write_export(model: ModelHandle, step: Step, out: Path) -> Artifact:
 
 
 def evaluate_target(
-    target: str, steps: Sequence[Step], progress: Progress, device: str = "auto", allow_pickle: bool = False
+    target: str,
+    steps: Sequence[Step],
+    progress: Progress,
+    device: str = "auto",
+    allow_pickle: bool = False,
+    runtime: str = "reference",
 ) -> dict[str, Any]:
-    """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first."""
+    """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first.
+
+    runtime: cpu or cuda, on whose fast products quantized linears run; reference: as in a run.
+    """
     path = Path(target)
+    acceleration = None if runtime == "reference" else Acceleration()
+    device = device if acceleration is None else device_of_runtime(runtime, device)
     if (path / "state").is_dir():
         recipe, changes = finished_run(path)
         original = ModelHandle(recipe.model.model_copy(update={"device": device}))
-        subjects = [("original", original), ("compressed", ModelHandle(original.options, changes))]
+        subjects = [("original", original), ("compressed", ModelHandle(original.options, changes, acceleration))]
         seed = recipe.seed
     else:
-        original = ModelHandle(ModelOptions(path=target, device=device, allow_pickle=allow_pickle))
+        options = ModelOptions(path=target, device=device, allow_pickle=allow_pickle)
+        original = ModelHandle(options, acceleration=acceleration)
         subjects, seed = [("original", original)], 0
     for step in steps:
         check_step(step, original)
+    if acceleration is not None:  # one block tells whether there is anything to measure
+        subjects[-1][1].block(0)
+        subjects[-1][1].release(0)
+        acceleration.require(f"{target} on {device}")
     measured: dict[str, Measurement] = {}
     for index, step in enumerate(steps):
         progress.stage(step.key, len(subjects))
@@ -256,7 +272,8 @@ def evaluate_target(
             found.append(measure(step, name, model, original, seed, found[0] if found else None))
             progress.advance(name)
         measured[f"{index:02d}-{step.key.replace('/', '-')}"] = joined(found)
-    return {"schema": SCHEMA, **as_results(measured), "versions": versions()}
+    fast = [] if acceleration is None else acceleration.lines()
+    return {"schema": SCHEMA, **as_results(measured), "runtime": fast, "versions": versions()}
 
 
 def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Artifact:

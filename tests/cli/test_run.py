@@ -116,6 +116,22 @@ def test_eval_measures_a_run_by_its_own_steps_and_by_stated_ones(folder: Path) -
     assert "demo:validation" in measured.stdout and "compressed" in measured.stdout
 
 
+def test_eval_on_the_cpus_products_is_near_the_reference_and_says_what_ran(folder: Path) -> None:
+    measured = invoke("eval", folder / "out", "--json", "--runtime", "cpu")
+    assert measured.exit_code == 0, measured.stderr
+    results = json.loads(measured.stdout)
+    recorded = json.loads((folder / "out" / "results.json").read_text())["metrics"]
+    for name in ("original", "compressed"):
+        (row, same) = (
+            next(r["value"] for r in rows if (r["name"], r["subject"]) == ("perplexity", name))
+            for rows in (results["metrics"], recorded)
+        )
+        assert row == pytest.approx(same, rel=1e-5 if name == "original" else 1e-2)  # bfloat16, in another order
+    assert results["runtime"] == ["42 of 42 linears: torch int4"]
+    refused = invoke("eval", "demo", "--source", "demo:test", "--samples", "2", "--runtime", "cpu")
+    assert refused.exit_code == 2 and "demo on cpu: no linear has a fast product" in refused.stderr
+
+
 def test_eval_checks_every_step_before_it_measures() -> None:
     refused = invoke("eval", "demo", "--source", "demo:test", "--length", "600", "--tasks", "demo_cloze")
     assert refused.exit_code == 2

@@ -1,0 +1,111 @@
+"""Four bits on the CPU: y = x W^ᵀ for whole-numbered levels, by torch's packed product where it is the fastest, else decoded.
+
+    few tokens     aten::_weight_int4pack_mm_for_cpu, which reads half a byte a weight
+    many tokens    W^ in bfloat16, some rows at a time, and a plain product
+    y += (x summed over each group) (scale · shift)ᵀ     where codes have a shift: see whole_levels.py
+    x [tokens, in] bfloat16    codes in torch's own order [out / rows, in, rows / 2], two a byte    scale [out, groups]
+Scales are rounded to bfloat16, as the decoded weights of the reference are.
+Why bfloat16 alone: for float16 and float32 torch runs plain loops, 100 times slower than decoding.
+Why shifts are a product of their own: torch takes them in bfloat16, scaled, which is too coarse for sums over a group.
+Source: torch, aten/src/ATen/native/cpu/int4mm_kernel.cpp.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from qtool.formats.tensor import QuantizedTensor
+from qtool.kernels.whole_levels import WholeLevels, whole_levels
+
+BITS = 4
+GROUPS = (256, 128, 64, 32)  # that the packed product takes
+ROWS = 64  # outputs must come in so many
+FEW = 48  # tokens up to which the packed product is faster than decoding
+DECODED_BYTES = 4 << 20  # of weights that are decoded at a time
+
+
+class Int4Product(nn.Module):
+    """The packed weights of one linear; made by `int4_product`."""
+
+    name = "torch int4"
+    hidden_bytes = 0
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+    def __init__(self, whole: WholeLevels, group: int) -> None:
+        super().__init__()
+        n, n_in = whole.code.shape
+        self._group = group
+        unsigned = whole.code.int() + (1 << (BITS - 1))
+        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1))  # [out, in / 2] uint8
+        repeats = n_in // group // whole.scale.shape[1]
+        scale = whole.scale.repeat_interleave(repeats, 1).to(torch.bfloat16).T  # [groups, out]
+        self.register_buffer("scale", torch.stack([scale, torch.zeros_like(scale)], -1).contiguous())  # [groups, out, 2]
+        shift = None if whole.shift is None else whole.scale * whole.shift
+        self.register_buffer("shift", shift)  # [out, groups as stored]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [..., out] of x [..., in], in x's dtype."""
+        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        if len(rows) <= FEW:
+            y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self._group, self.scale)  # [tokens, out]
+        else:
+            y = self._decoded_product(rows)
+        if self.shift is not None:
+            sums = rows.unflatten(1, (self.shift.shape[1], -1)).sum(-1, dtype=torch.float32)  # [tokens, groups]
+            y = torch.addmm(y.float(), sums, self.shift.T).to(x.dtype)
+        y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _decoded_product(self, x: Tensor) -> Tensor:
+        """y [tokens, out] of x [tokens, in], the weights decoded in bfloat16."""
+        block = block_rows()
+        assert block is not None, "supported() asks for a known order"
+        tokens, n_in = x.shape
+        words = self.codes.view(-1, n_in, block // 2)  # [blocks, in, rows / 2]
+        scale = self.scale[..., 0].T.reshape(len(words), 2, block // 2, 1, -1)
+        scale = scale.permute(1, 0, 4, 3, 2)  # [2, blocks, groups, 1, rows / 2]
+        parts = []
+        step = max(1, DECODED_BYTES // (2 * n_in * block))
+        for first in range(0, len(words), step):
+            chosen = words[first : first + step]
+            codes = torch.stack([chosen & 15, chosen >> 4]).to(torch.bfloat16) - 8  # [2, blocks, in, rows / 2]
+            W = codes.unflatten(2, (-1, self._group)) * scale[:, first : first + step]  # [2, blocks, groups, group, rows / 2]
+            W = W.view(-1, n_in, block // 2)
+            y = torch.bmm(x.expand(len(W), tokens, n_in), W)  # [2 blocks, tokens, rows / 2]
+            parts.append(y.view(2, -1, tokens, block // 2).permute(2, 1, 0, 3).reshape(tokens, -1))
+        return torch.cat(parts, 1)
+
+
+def int4_product(tensor: QuantizedTensor, dtype: torch.dtype) -> Int4Product | str:
+    """The product for inputs in a dtype; else why there is none."""
+    if dtype != torch.bfloat16:
+        return f"inputs in {str(dtype).removeprefix('torch.')}: torch's packed products are fast in bfloat16 alone"
+    n, n_in = tensor.shape
+    if n % ROWS:
+        return f"{n} outputs, which do not divide by {ROWS}"
+    own = tensor.scheme.group or n_in
+    group = next((size for size in GROUPS if own % size == 0), None)
+    if group is None:
+        return f"groups of {own}, which do not divide by {GROUPS[-1]}"
+    whole = whole_levels(tensor, BITS)
+    if isinstance(whole, str):
+        return whole
+    if block_rows() is None:
+        return f"an order of packed codes that this torch alone knows ({torch.backends.cpu.get_cpu_capability()})"
+    return Int4Product(whole, group)
+
+
+@cache
+def block_rows() -> int | None:
+    """Outputs whose codes torch packs together on this processor: 64 with AVX-512, 32 with AVX2; None where neither is it."""
+    random = torch.randint(0, 16, (2 * ROWS, GROUPS[-1]), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(random, 1)
+    for block in (64, 32):
+        words = packed.view(-1, random.shape[1], block // 2)  # [blocks, in, rows / 2]
+        codes = torch.cat([words & 15, words >> 4], -1).transpose(1, 2).reshape(random.shape)
+        if torch.equal(codes.int(), random):
+            return block
+    return None
