@@ -22,6 +22,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 # Part of qtool: its floor, and what it may import from outside besides the standard library. Options are pydantic
 # models wherever they are declared; the pipeline moves tensors but computes nothing of its own.
+PEERS = ("torchao", "bitsandbytes", "gemlite", "humming")
 FLOORS: dict[str, tuple[int, set[str]]] = {
     "__init__": (0, {"transformers"}),  # the type that qtool.load returns; test_load sees that it is not imported
     "assets": (0, {"datasets"}),  # the demo task's own loader, which lm-eval runs
@@ -42,11 +43,14 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "recipe": (7, {"yaml", "pydantic"}),
     "pipeline": (7, {"torch", "transformers", "safetensors"}),
     "report": (7, {"yaml"}),
+    # What is measured beside qtool's own products, each inside a function, and what draws the figure.
+    "bench": (7, {"torch", "transformers", "matplotlib", *PEERS}),
     "cli": (8, {"typer", "rich"}),
     "__main__": (8, set()),
 }
 # Imported inside a function only, so that what does not use it does not pay for it.
 INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow"), ("model", "onnx")}
+INSIDE_FUNCTIONS |= {("bench", name) for name in ("matplotlib", *PEERS)}
 KINDS_WITH_A_LIBRARY = ("calibrate", "search", "evaluate", "export")  # one outside library each, inside a function
 # registry.laws hands out the tests of a kind; they build models, and listing methods must not import torch.
 # qtool.load is the package's door for Python programs.

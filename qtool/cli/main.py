@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import qtool
+from qtool.cli import bench
 from qtool.cli.doctor import doctor
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
@@ -84,6 +85,10 @@ def prepare(
 
 for name, verb in VERBS.items():
     app.command(name)(guarded(verb))
+benches = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+for name, measure in bench.VERBS.items():
+    benches.command(name)(guarded(measure))
+app.add_typer(benches, name="bench")
 
 if __name__ == "__main__":
     app(prog_name="qtool")

@@ -19,8 +19,8 @@ from qtool.kernels.whole_levels import WholeLevels, whole_levels
 
 BITS = 8
 MIDDLE = 128  # of uint8: the zero point that codes of inputs have
-FEW = 4  # tokens up to which the packed product is faster than decoding
-DECODED_BYTES = 4 << 20  # of weights that are decoded at a time
+FEW = 12  # tokens up to which the packed product is faster than decoding
+DECODED_BYTES = 1 << 20  # of weights that are decoded at a time: what a core's own cache holds
 ROWS, COLUMNS = 16, 32  # that outputs and inputs must divide by
 
 

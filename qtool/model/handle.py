@@ -194,7 +194,7 @@ class ModelHandle:
         self.changes = changes
         self.acceleration = acceleration
         self.folder = resolve_folder(options)
-        self.device = torch.device(_device(options.device))
+        self.device = device_named(options.device)
         trust = options.trust_remote_code
         try:
             self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust)
@@ -647,13 +647,14 @@ def _get(root: nn.Module, name: str) -> Tensor:
     return cast(Tensor, owner._buffers[last] if value is None else value)
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> torch.device:
+    """A device by what an option says of it; raises QtoolError for one that is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise QtoolError(f"device: {name} is asked for, but torch sees no GPU; use device: cpu, and see qtool doctor")
     try:
-        return str(torch.device(name))
+        return torch.device(name)
     except RuntimeError as error:
         raise QtoolError(f'device: "{name}" is no device; valid: auto, cpu, cuda, cuda:0, ...') from error
 
