@@ -80,7 +80,13 @@ BEST = {
     "mxfp4-amxfp4": "best-mxfp4-a4.yaml",
     "w4a4kv4": "best-w4a4.yaml",
 }
-PLANTED = ("--kind", "gains", "--strength", "32", "--channels", "4")
+OWN = {"w4a4kv4": "w4a4"}  # what a rounded cache costs beside rounded inputs
+# What scripts/plant_outliers.py is told, one after the other.
+PLANTED = (
+    ("--kind", "residual"),
+    ("--kind", "gains", "--strength", "16", "--channels", "4"),
+    ("--kind", "hidden", "--strength", "16", "--channels", "4"),
+)
 # A cache of four bits as QuaRot's: each token in groups, keys rotated, none kept as it is.
 KIVI = {"key_bits": 4, "value_bits": 4, "group": 64, "residual": 0, "keys": "per_token", "rotate": "hadamard"}
 
@@ -122,11 +128,15 @@ def run_qtool(job_file: Path) -> None:
     (job.out / "result.json").write_text(json.dumps(result))
 
 
-def plant(model: Path, out: Path) -> None:
-    """Write a copy of the model with outliers, where there is none yet."""
-    if not out.is_dir():
-        script = REPO / "scripts" / "plant_outliers.py"
-        subprocess.run([sys.executable, str(script), *PLANTED, "--model", str(model), "--out", str(out)], check=True)
+def plant(model: Path, out: Path) -> Path:
+    """The folder of a copy of the model with outliers, written beside others in `out` where it is not there yet."""
+    for step, words in enumerate(PLANTED):
+        copy = out / "-".join(["planted", *(word.lstrip("-") for one in PLANTED[: step + 1] for word in one[1::2])])
+        if not copy.is_dir():
+            script = REPO / "scripts" / "plant_outliers.py"
+            subprocess.run([sys.executable, str(script), *words, "--model", str(model), "--out", str(copy)], check=True)
+        model = copy
+    return model
 
 
 def main() -> None:
@@ -146,13 +156,10 @@ def study(arguments: argparse.Namespace) -> None:
 
     subject = read_subject(arguments)
     folder = subject.original.folder
-    planted = arguments.work.resolve() / "-".join(["planted", *PLANTED[1::2]])
     reference = arguments.work.resolve() / "reference.safetensors"
     model = ModelHandle(subject.original.options).take()
     peer_job.write_reference(model, subject.test, reference)
     losses, divergences = peer_job.measure_windows(model, reference)
-    if any(scheme.startswith("planted:") for scheme in arguments.schemes):
-        plant(folder, planted)
 
     def job_of(scheme: str, method: str, tool: str) -> tuple[dict[str, Any], object] | None:
         is_planted = scheme.startswith("planted:")
@@ -160,7 +167,7 @@ def study(arguments: argparse.Namespace) -> None:
         assert parts.activations is not None, f"{scheme} rounds inputs"
         weights = parts.weights
         job: dict[str, Any] = {
-            "model": str(planted if is_planted else folder),
+            "model": str(plant(folder, arguments.work.resolve()) if is_planted else folder),
             "tokens": str(subject.tokens),
             "reference": str(reference),
             "method": method,
@@ -180,7 +187,7 @@ def study(arguments: argparse.Namespace) -> None:
 
     original = Row("bf16", "", "original", "", losses=losses, divergences=divergences)
     rows = run_study(arguments, STUDY, __file__, subject, original, job_of, lambda row, out: None)
-    print(f"{table(rows)}\n\n{ratios(rows)}")
+    print(f"{table(rows)}\n\n{ratios(rows, OWN)}")
 
 
 if __name__ == "__main__":

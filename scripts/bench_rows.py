@@ -12,9 +12,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -163,10 +164,11 @@ def best_peer(rows: Sequence[Row], family: str) -> Row | None:
     return min(peers, key=lambda row: row.kl, default=None)
 
 
-def ratios(rows: Sequence[Row]) -> str:
+def ratios(rows: Sequence[Row], own: Mapping[str, str] = MappingProxyType({})) -> str:
     """A Markdown table: qtool's rows against the best peer of the same method, and its best against the best peer of all.
 
     KL against the peer of the lowest KL; seconds and memory against the lowest of any peer with the row's method.
+    own: schemes whose rows stand against qtool's own of another scheme, {scheme: other}.
     """
     lines = ["| scheme | method | against | KL ratio | seconds ratio | memory ratio |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -175,7 +177,11 @@ def ratios(rows: Sequence[Row]) -> str:
         same = [other for other in rows if (other.scheme, other.method) == (row.scheme, row.method)]
         peers = [other for other in same if other.tool != "qtool" and not other.error]
         against = min(peers, key=lambda peer: peer.kl, default=None)
-        if row.method == "best":
+        if row.scheme in own:
+            same = [other for other in rows if (other.scheme, other.method) == (own[row.scheme], row.method)]
+            peers = [other for other in same if other.tool == "qtool" and not other.error]
+            against = next(iter(peers), None)
+        elif row.method == "best":
             against = best_peer(rows, row.family)
             peers = [] if against is None else [against]
         if against is None:

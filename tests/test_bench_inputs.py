@@ -108,3 +108,5 @@ def test_rows_come_back_from_their_file_and_ratios_pair_windows(bench: ModuleTyp
     back = bench_rows.sort_rows(bench_rows.read_rows(tmp_path / "rows.json"), bench.STUDY)
     assert back == [ours, theirs]  # in the study's order
     assert "| w4a4 | rtn | llmcompressor rtn | 0.500 ± 0.000 | 0.5 | 1 |" in bench.ratios(back)
+    cached = bench.Row("w4a4kv4", "rtn", "qtool", "d", seconds=1.0, divergences=[0.2, 0.3], **same)
+    assert "| w4a4kv4 | rtn | qtool rtn w4a4 | 1.250" in bench.ratios([*back, cached], {"w4a4kv4": "w4a4"})

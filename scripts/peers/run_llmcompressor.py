@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 DIR/peer-llmcompressor/bin/python run_llmcompressor.py JOB.json
 
 Methods: rtn, gptq, awq, autoround; before rtn and gptq also transforms, with a hyphen: smoothquant-, hadamard- (SpinQuant's
-rotations R1, R2 and R4, which it does not learn) and quip- (the inputs of all linears rotated while the model runs).
+rotations R1, R2 and R4, random Hadamard matrices, which it does not learn) and quip- (the inputs of all linears rotated while
+the model runs).
 Settings are the tool's own: the scheme is its W4A16 preset (W4A16_ASYM if asymmetric) at the job's bits and group, or
 NVFP4A16; with inputs rounded those of its presets W8A8, W4A8, W4A4, W4AFP8, NVFP4 and MXFP4. Modifiers keep their defaults
 (GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points, duo scaling, then plain rounding; AutoRound: 200
@@ -71,7 +72,7 @@ def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, s
         modifiers = {"rtn": QuantizationModifier, "gptq": GPTQModifier, "autoround": AutoRoundModifier}
         makers = {
             "smoothquant": lambda: SmoothQuantModifier(smoothing_strength=0.8),
-            "hadamard": lambda: SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="hadamard"),
+            "hadamard": lambda: SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="random-hadamard"),
             "quip": lambda: QuIPModifier(rotations=["v"], transform_type="random-hadamard", ignore=peer_job.head_names(model)),
         }
         recipe = [*(makers[name]() for name in transforms), modifiers[rounding](**target, **options | job.options)]

@@ -133,3 +133,16 @@ def test_rf8_rounds_normal_weights_with_the_error_of_its_nearest_digits() -> Non
     significands = torch.tensor([1, 1.0625, 1.125, 1.25, 1.5, 2])
     nearest = (w.abs() / magnitude).unsqueeze(-1).sub(significands).abs().amin(-1) * magnitude
     assert error == pytest.approx(float(nearest.square().mean()), rel=0.25)  # where powers of two fall differs by the scale
+
+
+@pytest.mark.parametrize("name", [name for name in LEVELS if name[0] == "e" and name[2:3] == "m"])
+def test_floats_snap_as_their_tables_say(name: str) -> None:
+    grid = CodebookGrid(name, "float32")
+    levels = torch.tensor(sorted(set(LEVELS[name])))
+    borders = (levels[1:] + levels[:-1]) / 2
+    near = torch.cat([levels, borders, borders.nextafter(torch.tensor(torch.inf)), borders.nextafter(torch.tensor(-torch.inf))])
+    spread = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * grid.largest
+    x = torch.cat([near, spread, spread * 1e-3, torch.tensor([1e-30, -1e-38, 3e38, -torch.inf, torch.inf])])
+    for scale in (1.0, 0.3):
+        params = Params(torch.tensor([scale]), None)
+        assert torch.equal(grid.snap(x, params), grid.decode(grid.encode(x, params), params))
