@@ -34,7 +34,7 @@ GUIDES = {
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
     "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
-Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "training"]
+Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "shape", "training"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Method:
     parts_head: Callable[[Any], bool] | None = None  # (options): whether a head and an embedding that were one become two
     adds: str | Callable[[Any], str] = ""  # what its results hold that only exports that hold additions can write; by options
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
+    shape: Callable[..., Any] | None = None  # of scope shape: (model, options) to the largest shape.Shape that it may come to;
+    # raises where the model takes none such
     key: str = ""
 
     @property

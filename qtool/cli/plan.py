@@ -53,7 +53,8 @@ def in_numbers(made: "Plan") -> dict[str, object]:
     costs = [{**asdict(cost), "seconds": round(cost.seconds(made.rate), 1)} for cost in made.costs]
     totals = {"seconds": round(made.seconds, 1), "peak_memory_bytes": made.peak_bytes, "disk_bytes": made.disk_bytes}
     cache = {"cache": made.cache, "cache_bytes_per_token": made.cache_bytes, "attention": made.attention}
-    return {"modules": [asdict(row) for row in made.rows], **cache, "exports": exports, "steps": costs, **totals}
+    sizes = {"parameters_before": made.parameters[0], "parameters_after": made.parameters[1]}
+    return {**sizes, "modules": [asdict(row) for row in made.rows], **cache, "exports": exports, "steps": costs, **totals}
 
 
 def print_plan(made: "Plan", console: Console) -> None:
@@ -63,6 +64,9 @@ def print_plan(made: "Plan", console: Console) -> None:
     for row in made.rows:
         table.add_row(escape(row.name), str(row.count), f"{row.shape[0]} × {row.shape[1]}", row.scheme, row.step)
     console.print(table)
+    if made.parameters[0] != made.parameters[1]:
+        before, after = (f"{count / 1e6:,.1f}" for count in made.parameters)
+        console.print(f"\n[bold]parameters[/bold]  {before} → {after} M")
     if made.cache is not None:
         console.print(f"\n[bold]key/value cache[/bold]  {made.cache}, {made.cache_bytes:,.0f} bytes a token")
     if made.attention is not None:

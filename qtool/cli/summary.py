@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qtool.cli.console import make_console
+from qtool.report.results import parameters_in_words
 
 Row = dict[str, Any]  # an entry of results.json
 
@@ -20,7 +21,7 @@ def print_summary(results: Row, folder: Path) -> None:
     before, after = model["bytes_original"], model["bytes_compressed"]
     console.print(
         f"[bold]size[/bold]  {before / 2**20:,.1f} → {after / 2**20:,.1f} MiB ({before / after:.2f}×), "
-        f"{model['bits_per_weight']:.2f} bits per weight, {model['parameters'] / 1e6:,.1f} M parameters"
+        f"{model['bits_per_weight']:.2f} bits per weight, {parameters_in_words(model)}"
         + ("" if model.get("cache") is None else f", cache {model['cache']}")
         + ("" if model.get("attention") is None else f", attention: {model['attention']}")
     )

@@ -66,6 +66,12 @@ from qtool.laws.model import (
     transforming_is_deterministic,
     transforming_keeps_the_output,
 )
+from qtool.laws.shape import (
+    choosing_what_stays_is_deterministic,
+    the_smaller_model_is_no_larger_than_planned,
+    what_goes_could_as_well_be_zero,
+    what_stays_is_in_order,
+)
 from qtool.registry import Method
 
 Law = Callable[[Method], None]
@@ -115,6 +121,12 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         no_sparsity_changes_nothing,
         pruning_is_deterministic,
         pruning_rows_apart_is_the_same,
+    ),
+    ("prune", "shape"): (
+        what_stays_is_in_order,
+        the_smaller_model_is_no_larger_than_planned,
+        what_goes_could_as_well_be_zero,
+        choosing_what_stays_is_deterministic,
     ),
     ("factorize", "linear"): (error_falls_with_rank, full_rank_is_exact),
     ("transform", "block"): (transforming_keeps_the_output, transforming_is_deterministic),

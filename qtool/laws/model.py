@@ -40,6 +40,11 @@ SAMPLE_CHOICES: dict[str, Any] = {  # what required or costly options are set to
     "tasks": ["demo_cloze"],
     "limit": 4,
     "steps": 10,
+    "drop": 1,
+    "neurons": 64,
+    "heads": 2,
+    "keep": 3,
+    "parameters": 0.9,
 }
 BLOCK_SCHEMES = ("w4a16g32", "w2a16g32-asym")
 EXPORT_SCHEMES = ("w4a16g32",)
@@ -55,11 +60,11 @@ def sample_options(method: Method, **stated: object) -> Options:
 
 
 @contextmanager
-def tiny_checkpoint() -> Iterator[Path]:
-    """A folder with a random Llama: hidden 64, ffn 128, 2 blocks, 4 heads of 16, 2 key/value heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_checkpoint(family: str = "Llama", **fields: object) -> Iterator[Path]:
+    """A folder with a random model, a Llama: hidden 64, ffn 128, 2 blocks, 4 heads of 16, 2 key/value heads."""
+    import transformers
 
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=4096,
         hidden_size=64,
         intermediate_size=128,
@@ -71,10 +76,11 @@ def tiny_checkpoint() -> Iterator[Path]:
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
+        **fields,
     )
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -9,12 +9,14 @@ Why not fx tracing or per-model classes: the model's own forward already knows, 
 import contextlib
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -55,6 +57,7 @@ from qtool.model.store import (
 from qtool.options import ModelOptions
 
 BATCH = 8  # windows in one forward of a block
+CONFIG = "config.json"  # of a checkpoint, and of a folder of changes after which the model has other sizes
 DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN?E*", "NOTICE*")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -193,6 +196,9 @@ class ModelHandle:
         self.options = options
         self.changes = changes
         self.acceleration = acceleration
+        shaped = [place for place, folder in enumerate(changes) if (folder / CONFIG).is_file()]
+        self._is_reshaped = bool(shaped)  # the latest such folder holds a config, and every tensor in that config's shapes
+        self._live = changes[shaped[-1] :] if shaped else changes
         self.folder = resolve_folder(options)
         self.device = device_named(options.device)
         trust = options.trust_remote_code
@@ -211,18 +217,35 @@ class ModelHandle:
             del self.config.quantization_config
         stated = getattr(self.config, "dtype", None) or torch.float32
         self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else stated
+        place = self._live[0] if self._is_reshaped else self.folder
+        self.stated_config: dict[str, Any] = json.loads((place / CONFIG).read_text(encoding="utf-8"))  # config.json's fields
+        if self._is_reshaped:
+            self.quantization = None
+            self.config = type(self.config).from_dict(copy.deepcopy(self.stated_config))
+        self.model: PreTrainedModel = self._skeleton()
+        self.checkpoint = Checkpoint(self.folder, self.model, options.allow_pickle)
+        if self.quantization is None and self.checkpoint.is_onnx and not self._is_reshaped:
+            self.quantization = {"quant_method": "onnx"}
+        self._is_parted = False
+        self._arrange()
+
+    def _skeleton(self) -> PreTrainedModel:
+        """The model that the config makes, on the meta device but for its buffers."""
         with init_empty_weights(include_buffers=False):
             try:
-                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    self.config, dtype=self.dtype, trust_remote_code=self.options.trust_remote_code
+                )
             except ValueError as error:
                 raise QtoolError(
-                    f"model: {options.path}: transformers has no causal language model for {type(self.config).__name__}; use a "
-                    "version that knows it, or another model"
+                    f"model: {self.options.path}: transformers has no causal language model for {type(self.config).__name__}; "
+                    "use a version that knows it, or another model"
                 ) from error
-        self.model: PreTrainedModel = model.eval()
-        self.checkpoint = Checkpoint(self.folder, self.model, options.allow_pickle)
-        if self.quantization is None and self.checkpoint.is_onnx:
-            self.quantization = {"quant_method": "onnx"}
+        model.eval()
+        return model
+
+    def _arrange(self) -> None:
+        """Find the blocks of a new skeleton, experts apart; nothing is known yet of how it calls them."""
         self._separate_experts()
         self.blocks_name, self._skeletons = self._find_blocks()
         for module in self.model.modules():
@@ -230,7 +253,6 @@ class ModelHandle:
                 module._buffers[name] = buffer.to(self.device)
         self.calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
-        self._is_parted = False
         self._final: tuple[str, Tensor] | None = None
 
     # ---- structure ----
@@ -251,6 +273,22 @@ class ModelHandle:
         """The same model, to plan with, as it will be once a step has made head and embedding two tensors."""
         planned = copy.copy(self)
         planned._is_parted = True
+        return planned
+
+    def resized(self, fields: dict[str, Any]) -> "ModelHandle":
+        """The same model, to plan with, as a config.json of other sizes makes it; it has no weights that could be loaded.
+
+        Raises QtoolError where the model's class takes no such sizes.
+        """
+        planned = copy.copy(self)
+        planned.stated_config = fields
+        try:
+            planned.config = type(self.config).from_dict(copy.deepcopy(fields))
+            planned.model = planned._skeleton()
+        except (StrictDataclassError, ValueError, AssertionError, TypeError, ZeroDivisionError) as error:  # as classes like
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise QtoolError(f"{type(self.model).__name__} takes no such sizes: {reason}") from error
+        planned._arrange()
         return planned
 
     def outer_names(self) -> list[str]:
@@ -275,12 +313,25 @@ class ModelHandle:
         return shape_of(self.model.get_submodule(name))
 
     def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """Parameters, a head that is tied to the embedding counted once."""
+        counted = self.stored_names()
+        return sum(p.numel() for name, p in self.model.named_parameters(remove_duplicate=False) if name in counted)
 
     def stored_names(self) -> set[str]:
         """Parameters that a checkpoint stores: all but a head that is tied to the embedding."""
-        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return names - self._tied_names() if self.is_tied else names
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - self.tied_names()
+
+    def tied_names(self) -> set[str]:
+        """Parameters that are the embedding itself."""
+        return self._tied_names() if self.is_tied else set()
+
+    def skeleton_of(self, index: int) -> nn.Module:
+        """Block `index` without its weights."""
+        return self._skeletons[index]
+
+    def called_like(self, other: "ModelHandle") -> None:
+        """Take over how another model of the same class calls its blocks."""
+        self.calls, self._returns_tuple = other.calls, other._returns_tuple
 
     def _tied_names(self) -> set[str]:
         """Parameters that are the embedding itself where head and embedding are tied."""
@@ -310,6 +361,7 @@ class ModelHandle:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
         changes = self.unit_changes(unit)
         inside = [n for n in self.checkpoint.names if n.startswith(prefix)] if prefix else self._outer_checkpoint_names()
+        inside = [] if self._is_reshaped else inside  # the checkpoint's tensors have other shapes
         inside = [name for name in inside if name not in changes and "::" not in name]  # qtool's reader takes those
         factors: dict[str, LowRank | None] = {}
         inputs: dict[str, InputScales | None] = {}
@@ -415,7 +467,7 @@ class ModelHandle:
         return read | {name: what for path in paths for name, what in load_additions(path).items()}
 
     def _changes_file(self, unit: str) -> Path | None:
-        paths = [folder / f"{unit}.safetensors" for folder in reversed(self.changes)]
+        paths = [folder / f"{unit}.safetensors" for folder in reversed(self._live)]
         return next((path for path in paths if path.is_file()), None)
 
     def block(self, index: int) -> Block:

@@ -22,6 +22,11 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
 
 
+def input_place(linear: nn.Module) -> int:
+    """Which side of the weight, as the layer stores it, its inputs meet."""
+    return 0 if isinstance(linear, Conv1D) else 1
+
+
 def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(out, in), as the layer was made, whatever stands in its weight: nothing yet, or a checkpoint's packed words."""
     if isinstance(linear, Conv1D):

@@ -196,7 +196,7 @@ class _WideBlock:
         self._module = copy.deepcopy(block.module).float()
         self._sample = sample.float()
         args, kwargs = block.call_arguments(sample)
-        self._args, self._kwargs = tree_map(_widen, args), tree_map(_widen, kwargs)
+        self._args, self._kwargs = tree_map(widen, args), tree_map(widen, kwargs)
         self._reference = self._run()
 
     def allows(self, scaling: Scaling) -> bool:
@@ -237,5 +237,6 @@ class _WideBlock:
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
 
-def _widen(value: Any) -> Any:
+def widen(value: Any) -> Any:
+    """Floats in float32."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -7,6 +7,7 @@ Why not safetensors' save_file: it wants every tensor of a file at once. Here a 
 forgotten; the header, known at the end, comes before them by one copy of the file.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -228,7 +229,7 @@ def copied_files(model: ModelHandle) -> list[Path]:
 
 def settings_of(model: ModelHandle, storage: Storage = DENSE) -> dict[str, str]:
     """The JSON files that say how the weights are stored, by name: config.json with this dtype, and the storage's own."""
-    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    config = copy.deepcopy(model.stated_config)
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
     config |= {"dtype": str(model.dtype).removeprefix("torch."), **storage.settings}
@@ -243,7 +244,7 @@ def settings_of(model: ModelHandle, storage: Storage = DENSE) -> dict[str, str]:
 
 def rope_settings(model: ModelHandle) -> dict[str, Any]:
     """rope_theta and rope_scaling, as config.json had them before transformers 5; {} where rope_parameters say neither."""
-    stated = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    stated = model.stated_config
     rope = stated.get("rope_parameters") or {}
     if "rope_theta" not in rope or "rope_theta" in stated:
         return {}

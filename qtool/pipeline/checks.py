@@ -12,6 +12,7 @@ from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import CacheSelection, InputSelection, KvScheme, Scheme, SchemeSelection
 from qtool.model.handle import ModelHandle
 from qtool.model.runtimes import servings
+from qtool.model.shape import smaller
 from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
@@ -21,8 +22,10 @@ from qtool.recipe import Recipe, Step
 def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
     model, search = ModelHandle(recipe.model), None
-    for index, step in enumerate(recipe.steps):
-        check_step(step, planned_model(model, recipe.steps[: index + 1]), search)  # a transform may part head and embedding
+    planned = model
+    for step in recipe.steps:
+        planned = planned_model(planned, [step])  # a transform may part head and embedding
+        check_step(step, planned, search)
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     return model
@@ -160,9 +163,17 @@ def located(step: Step) -> Iterator[None]:
 
 
 def planned_model(model: ModelHandle, steps: Sequence[Step]) -> ModelHandle:
-    """The model as `steps` leave it, as far as head and embedding may have become two tensors."""
-    parts = (step.method.parts_head is not None and step.method.parts_head(step.options) for step in steps)
-    return model.parted() if any(parts) else model
+    """The model as `steps` leave it, as far as its sizes may change, and head and embedding become two tensors."""
+    for step in steps:
+        if step.method.parts_head is not None and step.method.parts_head(step.options):
+            model = model.parted()
+        if step.method.shape is not None:
+            with located(step):
+                try:
+                    model = smaller(model, step.method.shape(model, step.options))
+                except QtoolError as error:
+                    raise QtoolError(f"{step.key}: {error}") from error
+    return model
 
 
 def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | KiviScheme | None:

@@ -20,6 +20,7 @@ from qtool.formats.scheme import SchemeSelection
 from qtool.model.handle import BATCH, ModelHandle
 from qtool.model.rotated_network import CHECKS, JUDGED
 from qtool.options import BlockTuning, Curvature, Options, Selection, Sequential, TrainingOptions
+from qtool.pipeline.checks import planned_model
 from qtool.recipe import CHANGING, Step
 
 IDLE_BYTES = 420 * 2**20  # Python with torch and transformers, before any model
@@ -73,13 +74,15 @@ def sizes_of(model: ModelHandle) -> Sizes:
 
 def estimate(model: ModelHandle, steps: Sequence[Step], seed: int, export_bytes: dict[str, int]) -> list[Cost]:
     """The cost of each step, in their order; `export_bytes`: what each export will write."""
-    sizes, costs = sizes_of(model), []
+    costs = []
     texts = {index: step.options for index, step in enumerate(steps) if isinstance(step.options, TextOptions)}
     windows = {index: tuple(read_tokens(text, model.tokenizer, seed).shape) for index, text in texts.items()}
     calibration = next((shape for index, shape in windows.items() if steps[index].method.kind == "calibrate"), (0, 0))
     for index, step in enumerate(steps):
+        sizes = sizes_of(model)
         if step.method.kind in CHANGING:
             costs.append(changing_cost(model, step, sizes, calibration))
+            model = planned_model(model, [step])
         elif isinstance(step.options, SearchOptions):
             costs.append(search_cost(model, step, sizes, calibration))
         elif step.method.kind == "evaluate":

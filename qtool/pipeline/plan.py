@@ -44,6 +44,7 @@ class PlannedExport:
 class Plan:
     """All of it; seconds and memory are estimates."""
 
+    parameters: tuple[int, int]  # before and after
     rows: list[Row]
     cache: str | None  # what the key/value cache is quantized to
     cache_bytes: float  # that a token's keys and values take in it, in all blocks; of tokens that do not stay as they are
@@ -78,7 +79,10 @@ def make_plan(recipe: Recipe) -> Plan:
     rounding = planned_rounding(model, recipe.steps)
     words, rounded = (None if one is None else str(one) for one in (cache, rounding))
     costs = estimate(model, recipe.steps, recipe.seed, sizes)
-    return Plan(rows_of(model, recipe.steps), words, cache_bytes(model, cache), rounded, exports, costs, rate_of(model))
+    last = planned_model(model, recipe.steps)
+    parameters = (model.n_parameters(), last.n_parameters())
+    rows, n_bytes = rows_of(last, recipe.steps), cache_bytes(last, cache)
+    return Plan(parameters, rows, words, n_bytes, rounded, exports, costs, rate_of(model))
 
 
 def cache_bytes(model: ModelHandle, cache: KvScheme | KiviScheme | None) -> float:

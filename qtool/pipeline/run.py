@@ -32,6 +32,7 @@ from qtool.pipeline.folder import RunFolder, StepFolder
 from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, write_beside
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
+from qtool.pipeline.shaping import run_shaping
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
@@ -93,6 +94,8 @@ class Run:
             if step.method.kind != "calibrate":
                 state.finish(result)
             self.folder.event("step_done", key=step.key, **stage.facts)
+            if step.method.scope == "shape":
+                self._compressed = ModelHandle(self.recipe.model, self.changes)  # of other sizes, now that the step is done
         self.stages.append(result["stage"])
         if step.method.kind == "evaluate":
             self.measured[state.path.name] = result
@@ -129,6 +132,9 @@ class Run:
             assert isinstance(options, TrainingOptions), f"{step.key}: options of scope training are TrainingOptions"
             model, seed = self._compressed, self.recipe.seed
             return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
+        if method.scope == "shape":
+            assert self.tokens is not None, "the recipe check asks for a calibrate step before what needs inputs"
+            return run_shaping(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
         if method.kind == "search":
             assert self.tokens is not None, "the recipe check asks for a calibrate step before search"
             assert isinstance(options, SearchOptions), f"{step.key}: options of a search are SearchOptions"
@@ -321,27 +327,29 @@ def finished_run(run: Path) -> tuple[Recipe, tuple[Path, ...]]:
 
 def describe_model(original: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
     """Parameters, and bytes before and after, counted in stored tensors."""
-    before = after = quantized_bytes = quantized_weights = 0
+    after = quantized_bytes = quantized_weights = 0
     changed: dict[str, Any] = {}
     for unit in [*(f"block_{index:03d}" for index in range(compressed.n_blocks)), "outer"]:
         changed |= compressed.unit_changes(unit)
-    counted, kept = original.stored_names(), compressed.stored_names()
-    for name, p in original.model.named_parameters(remove_duplicate=False):
+    kept = compressed.stored_names()
+    for name, p in compressed.model.named_parameters(remove_duplicate=False):
         if name not in kept:
             continue
-        size = p.numel() * original.dtype.itemsize
-        before += size if name in counted else 0  # a transform may part the head from the embedding
         value = changed.get(name)
         if value is None or isinstance(value, Tensor):
-            after += size
+            after += p.numel() * compressed.dtype.itemsize
         else:
             low_rank = changed.get(name.removesuffix(".weight") + LOW_RANK)
             stored = value[0].stored_bytes + (0 if low_rank is None else low_rank.stored_bytes)
             after += stored
             quantized_bytes += stored
             quantized_weights += math.prod(value[0].shape)
+    counted = original.stored_names()
+    of_original = dict(original.model.named_parameters(remove_duplicate=False))
+    before = sum(of_original[name].numel() * original.dtype.itemsize for name in counted)
     return {
         "parameters": original.n_parameters(),
+        "parameters_compressed": compressed.n_parameters(),
         "bytes_original": before,
         "bytes_compressed": after,
         "bits_per_weight": 8 * quantized_bytes / quantized_weights if quantized_weights else 8 * original.dtype.itemsize,

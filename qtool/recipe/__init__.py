@@ -255,7 +255,10 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if (method.kind, method.scope) == ("transform", "model") and pruned is not None:
             text = f"{method.key} mixes weights, so that no zero of a pruned one ({pruned}) would stay; put it first"
             problems.append((key.start_mark, text))
-        if method.kind == "prune":
+        if method.scope == "shape" and (before := quantized or cached or kept or rounded) is not None:
+            text = f"{method.key} makes dense weights smaller, but {before} quantizes before it; put it first"
+            problems.append((key.start_mark, text))
+        if method.kind == "prune" and method.scope != "shape":
             pruned = pruned or place(key.start_mark)
         if method.kind == "quantize":
             quantized = quantized or place(key.start_mark)

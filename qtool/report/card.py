@@ -13,6 +13,7 @@ import yaml
 from qtool.artifact import digest_file, read_manifest, write_manifest
 from qtool.model.store import write_text
 from qtool.recipe import Recipe
+from qtool.report.results import parameters_in_words
 
 CARD = "README.md"
 
@@ -45,7 +46,7 @@ def card_of(recipe: Recipe, original: Path, results: dict[str, Any], export: dic
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}, compressed ({export['format']})\n",
-        f"{model['parameters'] / 1e6:,.1f} M parameters, {model['bits_per_weight']:.2f} bits per quantized weight; "
+        f"{parameters_in_words(model)}, {model['bits_per_weight']:.2f} bits per quantized weight; "
         f"{model['bytes_original'] / 2**20:,.1f} MiB of weights before, {export['bytes'] / 2**20:,.1f} MiB in this folder. "
         + ("" if model.get("cache") is None else f"Keys and values are cached as {model['cache']}. ")
         + ("" if model.get("attention") is None else f"Attention rounds: {model['attention']}. ")

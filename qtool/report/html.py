@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.model.store import write_text
+from qtool.report.results import parameters_in_words
 
 Row = dict[str, Any]  # an entry of results.json
 Cell = str | float | None | tuple[float, float]  # a pair: a number, and the one that would fill the cell with its bar
@@ -118,7 +119,7 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
             yield f"KL divergence, {dataset}", _with_error(rows[changed[0]]), notes
     model, gates, stages = results["model"], results["gates"], results["stages"]
     before, after = model["bytes_original"], model["bytes_compressed"]
-    notes = [f"{before / max(after, 1):.2f}× smaller, {model['parameters'] / 1e6:,.1f} M parameters"]
+    notes = [f"{before / max(after, 1):.2f}× smaller, {parameters_in_words(model)}"]
     yield "Size", f"{before / 2**20:,.1f} → {after / 2**20:,.1f} MiB", notes
     yield "Bits per weight", f"{model['bits_per_weight']:.3f}", ["of the quantized weights, with their scales"]
     if model.get("cache") is not None:

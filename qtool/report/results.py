@@ -100,6 +100,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def parameters_in_words(model: dict[str, Any]) -> str:
+    """How many parameters there are, before and after where a step has changed their number; `model` of results.json."""
+    before = model["parameters"]
+    after = model.get("parameters_compressed", before)
+    return ("" if after == before else f"{before / 1e6:,.1f} → ") + f"{after / 1e6:,.1f} M parameters"
+
+
 def check_gates(gates: Any, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every limit of every gate against every changed subject: {metric, subject, limit, allowed, value, passed}."""
     rows = []
