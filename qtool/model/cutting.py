@@ -233,6 +233,8 @@ class Cutter:
         """Let norms over hidden channels, and routers, of the reference be the smaller one's on what stays."""
         others = dict(new.named_modules())
         for name, module in old.named_modules():
+            if not prefix and name.startswith(f"{self.model.blocks_name}."):  # the whole model, whose blocks are tried apart
+                continue
             sides = self._sides.get(f"{prefix}{name}.weight", ())
             of_side = [{segment.axis for segment in side} for side in sides]
             if "Norm" in type(module).__name__ and of_side == [{"hidden"}]:

@@ -26,8 +26,8 @@ def smaller(path: Path) -> list[str]:
         elif step.key == "evaluate/lm_eval":
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
-            fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2}
-            found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if name in type(step.options).model_fields]
+            fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2, "candidates": 1}
+            found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(getattr(step.options, name, None)) is int]
         if step.key in SLOW:
             found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.[1-5].*"]')
     return found

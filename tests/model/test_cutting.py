@@ -246,7 +246,10 @@ def test_cuts_follow_one_another_and_earlier_changes(
     between = ModelHandle(model.options, (tmp_path / "first",))
     write_cut(Cutter(between, cut_of(between, neurons=list(range(64)))), tmp_path / "second")
     after = ModelHandle(model.options, (tmp_path / "first", tmp_path / "second"))
-    both = cut_of(model, blocks=[0, 2], neurons=list(range(64)))
+    channels = list(range(0, 64, 2))
+    write_cut(Cutter(after, cut_of(after, hidden=channels)), tmp_path / "third")
+    after = ModelHandle(model.options, (tmp_path / "first", tmp_path / "second", tmp_path / "third"))
+    both = cut_of(model, blocks=[0, 2], neurons=list(range(64)), hidden=channels)
     write_cut(Cutter(model, both), tmp_path / "both")
     torch.testing.assert_close(logits_of(after), logits_of(ModelHandle(model.options, (tmp_path / "both",))), rtol=0, atol=0)
 
