@@ -27,7 +27,8 @@ def smaller(path: Path) -> list[str]:
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
             fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2, "candidates": 1}
-            found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(getattr(step.options, name, None)) is int]
+            stated = step.options.model_dump()
+            found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(stated.get(name)) is int]
         if step.key in SLOW:
             found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.[1-5].*"]')
     return found
