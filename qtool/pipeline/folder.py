@@ -2,19 +2,24 @@
 
     recipe.yaml      the resolved recipe            events.jsonl   one line per event, appended
     state/           fingerprint.json; one folder per step: block files, done.json
-    results.json     exports/<format>/              report.html
+    results.json     exports/<format>/              report.html    distributions.json, what the report plots
 A step's block file is written whole or not at all; a block whose file stands is done. Activations are not kept: going on
 computes them again through the finished blocks, which gives the same bits.
 """
 
+import fcntl
 import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qtool.errors import QtoolError
 from qtool.model.store import write_text
+from qtool.progress import Progress
+
+EVENTS = "events.jsonl"
+SECONDS_BETWEEN_EVENTS = 1.0  # of the steps of one stage
 
 
 class RunFolder:
@@ -23,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = path / "state"
+        self._events: TextIO | None = None
 
     def open(self, fingerprint: dict[str, str], fresh: bool) -> None:
         """Begin or go on; raises QtoolError where the folder holds another run or cannot be written."""
@@ -33,7 +39,7 @@ class RunFolder:
             if fresh:
                 for name in ("state", "exports"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("results.json", "events.jsonl", "report.html", "recipe.yaml"):
+                for name in ("results.json", "distributions.json", "events.jsonl", "report.html", "recipe.yaml"):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise QtoolError(f"--out: {self.path} cannot be written: {error.strerror}; choose another folder") from error
@@ -59,9 +65,53 @@ class RunFolder:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append one line to events.jsonl."""
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
+        """Append one line to events.jsonl, which stays locked until `close`, so that `is_at_work` can tell."""
+        if self._events is None:
+            self._events = (self.path / EVENTS).open("a", encoding="utf-8")
+            fcntl.flock(self._events, fcntl.LOCK_SH)
+        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
+        self._events.flush()
+
+    def close(self) -> None:
+        """No more events come from this process."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def is_at_work(path: Path) -> bool:
+    """Whether a process is carrying out the run of this folder; the system drops a lock with its process, killed or not."""
+    with (path / EVENTS).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+class RecordedProgress:
+    """Progress that goes on to another one, and into events.jsonl: every stage and note, steps at most once a second."""
+
+    def __init__(self, folder: RunFolder, shown: Progress) -> None:
+        self._folder = folder
+        self._shown = shown
+        self._done, self._total, self._written = 0, 0, 0.0
+
+    def stage(self, name: str, total: int) -> None:
+        self._done, self._total = 0, total
+        self._folder.event("stage", name=name, total=total)
+        self._shown.stage(name, total)
+
+    def advance(self, detail: str = "") -> None:
+        self._done += 1
+        if self._done >= self._total or time.monotonic() - self._written >= SECONDS_BETWEEN_EVENTS:
+            self._written = time.monotonic()
+            self._folder.event("advance", done=self._done, detail=detail)
+        self._shown.advance(detail)
+
+    def note(self, text: str) -> None:
+        self._folder.event("note", text=text)
+        self._shown.note(text)
 
 
 class StepFolder:

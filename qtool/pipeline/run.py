@@ -28,7 +28,8 @@ from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
-from qtool.pipeline.folder import RunFolder, StepFolder
+from qtool.pipeline.distributions import measure_distributions
+from qtool.pipeline.folder import RecordedProgress, RunFolder, StepFolder
 from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, write_beside
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
@@ -47,12 +48,21 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     folder = RunFolder(out)
     folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
-    run = Run(recipe, folder, original, progress)
-    for index, step in enumerate(recipe.steps):
-        run.carry_out(index, step)
-    for row in run.exports:
-        run.evaluate_export(row)
-    return run.finish()
+    folder.event("begun", steps=[step.key for step in recipe.steps])
+    try:
+        run = Run(recipe, folder, original, RecordedProgress(folder, progress))
+        for index, step in enumerate(recipe.steps):
+            run.carry_out(index, step)
+        for row in run.exports:
+            run.evaluate_export(row)
+        run.measure_distributions()
+        return run.finish()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # such as the full disk that stopped it
+            folder.event("stopped", why=str(error) or type(error).__name__)
+        raise
+    finally:
+        folder.close()
 
 
 class Run:
@@ -71,8 +81,10 @@ class Run:
         self.searches: list[dict[str, Any]] = []
         self.exports: list[dict[str, Any]] = []
         self.fallbacks: list[str] = []
+        self.distributions: list[dict[str, Any]] = []
         self._compressed = original
         self._unquantized = original  # as the model was before the latest quantize steps that follow one another
+        self._unrounded: ModelHandle | None = None  # as the model was before the first quantize step
         self._schemes: dict[str, Scheme] = {}  # of every linear, as the latest search found them
         self._changed: str | None = None  # kind of the latest step that changed the model
 
@@ -84,6 +96,7 @@ class Run:
         if step.method.kind in CHANGING:
             if step.method.kind == "quantize" and self._changed != "quantize":
                 self._unquantized = self._compressed
+                self._unrounded = self._unrounded or self._compressed
             self._changed = step.method.kind
             self.changes = (*self.changes, state.path)
             self._compressed = ModelHandle(self.recipe.model, self.changes)
@@ -188,8 +201,23 @@ class Run:
             self.measured[state.path.name] = result
             self.stages.append(result["stage"])
 
+    def measure_distributions(self) -> None:
+        """What the report plots of weights and inputs, into distributions.json; nothing of a run that changes no model."""
+        if self._compressed is self.original:
+            return
+        state = StepFolder(self.folder, len(self.recipe.steps), "report/distributions")
+        result = state.result()
+        if result is None:
+            with Stage("distributions") as stage:
+                unrounded = self._unrounded or self._compressed
+                found = measure_distributions(self.original, unrounded, self._compressed, self.tokens, self.progress)
+            result = {"linears": found, "stage": stage.facts}
+            state.finish(result)
+        self.stages.append(result["stage"])
+        self.distributions = result["linears"]
+
     def finish(self) -> dict[str, Any]:
-        """Check the gates; write results.json and report.html."""
+        """Check the gates; write results.json with what stands beside it, and report.html."""
         found = as_results(self.measured)
         gates = check_gates(self.recipe.gates, found["metrics"])
         results = {
@@ -214,7 +242,10 @@ class Run:
             write_card(self.folder.path / row["path"], self.recipe, self.original.folder, results, row)
         write_beside(self.folder.path, self.measured)
         write_text(self.folder.path / "results.json", json.dumps(results, indent=1) + "\n")
-        write_report(self.folder.path / "report.html", results, self.recipe.to_yaml())
+        if self.distributions:
+            plotted = {"schema": SCHEMA, "linears": self.distributions}
+            write_text(self.folder.path / "distributions.json", json.dumps(plotted, separators=(",", ":")) + "\n")
+        write_report(self.folder.path / "report.html", results, self.recipe.to_yaml(), self.distributions)
         self.folder.event("finished", status=results["status"])
         return results
 

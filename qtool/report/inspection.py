@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from qtool.report.html import Cell, Curves, Row, chart, curves_by_block, number, table, write_page
+from qtool.report.charts import Curves, curves_by_block, figure, lines
+from qtool.report.page import Cell, Row, number, table, write_page
 
 # Title of a chart: the field of linears that it shows, the worse of two experts' values, whether its axis is logarithmic.
 CHARTS = {
@@ -36,20 +37,24 @@ def _sections(results: Row) -> Iterator[str]:
     if results["notes"]:
         yield "<h2 class='bad'>Notes</h2>" + table(("what was not measured",), [(note,) for note in results["notes"]])
     blocks = results["blocks"]
-    yield "<h2>Between the blocks</h2>" + chart("Magnitudes after the block", _magnitudes(blocks), is_log=True)
+    yield "<h2>Between the blocks</h2>" + _chart("Magnitudes after the block", _magnitudes(blocks), is_log=True)
     kurtoses = _of_blocks(blocks, {"values": "kurtosis", "channels": "channel_kurtosis"})
-    yield chart("Kurtosis after the block", kurtoses, is_log=True)
+    yield _chart("Kurtosis after the block", kurtoses, is_log=True)
     yield _blocks(results)
     attention = {block["name"]: block["attention"] for block in blocks if block["attention"] is not None}
     if attention:
         names = {"sinks": "sink_share", "first token": "first_token_share"}
         shares = _of_blocks([block["attention"] or {} for block in blocks], names)
-        yield "<h2>Attention</h2>" + chart("Share of attention", shares, is_log=False) + _attention(attention)
+        yield "<h2>Attention</h2>" + _chart("Share of attention", shares, is_log=False) + _attention(attention)
     yield "<h2>Linears</h2>"
     for title, (field, worse, is_log) in CHARTS.items():
-        yield chart(title, curves_by_block(results["linears"], field, worse, is_log), is_log)
+        yield _chart(title, curves_by_block(results["linears"], field, worse), is_log)
     yield _linears(results["linears"])
-    yield "<h2>Versions</h2>" + table(tuple(results["versions"]), [tuple(results["versions"].values())])
+    yield "<h2>Versions</h2>" + table(("package", "version"), list(results["versions"].items()))
+
+
+def _chart(title: str, curves: Curves, is_log: bool) -> str:
+    return figure(lines(f"{title} by block", curves, is_log))
 
 
 def _magnitudes(blocks: list[Row]) -> Curves:
@@ -57,7 +62,7 @@ def _magnitudes(blocks: list[Row]) -> Curves:
     curves = {name: {at: block["largest"][n]["magnitude"] for at, block in enumerate(blocks)} for n, name in enumerate(names)}
     curves["mean"] = {at: block["mean_magnitude"] for at, block in enumerate(blocks)}
     curves["median"] = {at: block["median_magnitude"] for at, block in enumerate(blocks)}
-    return {name: positive for name, curve in curves.items() if (positive := {at: v for at, v in curve.items() if v > 0})}
+    return curves
 
 
 def _of_blocks(blocks: list[Row], fields: dict[str, str]) -> Curves:

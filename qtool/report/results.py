@@ -10,7 +10,15 @@
     gates       see report/gates.py
 Beside it stand paired.json, what each window or document contributes to each row of `metrics`
 (linalg/contributions.py): {name, dataset, subject, parts: [...]}, so that other runs over the same text pair with this one;
-and evaluations/, results in other tools' own formats.
+evaluations/, results in other tools' own formats; and distributions.json, what the report plots of weights and inputs, where a
+step changed the model, {schema, linears: [...]}, an entry for each kind of linear in each block:
+    block, kind   `mlp.experts.#.down_proj`: all experts of the block together
+    weights       {original, transformed: {counts, rms, largest, kurtosis}}; transformed: right before rounding
+    inputs        {original, transformed: {counts, channels, channel_ratio, kurtosis}} where the recipe reads calibration text;
+                  channels: up to 64 of the channels' largest magnitudes, from the least to the greatest
+    grid          {scheme, range, levels, counts, used} where it is quantized; range: the ends of its 64 bins; used: how
+                  many weights took each of `levels`, in the order of the codes, both empty of more than 32 levels
+counts are those of linalg/histogram.py: of magnitudes in 64 half octaves from 2^-20 on, over grids in 64 equal bins.
 """
 
 import importlib.metadata

@@ -1,6 +1,8 @@
 """report.html: says what results.json says, loads nothing from elsewhere, and takes no text for markup."""
 
+import base64
 import copy
+import hashlib
 import json
 import math
 import re
@@ -28,6 +30,7 @@ gates:
 """
 HOSTILE = "<b onclick='x'>\"&amp;"  # as markup a tag, as text these very characters
 VOID = ("meta", "br")
+Chart = dict[str, Any]  # a chart's data
 
 
 class Page(HTMLParser):
@@ -39,6 +42,8 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.rows: list[list[str]] = []
         self.titles: list[str] = []
+        self.charts: dict[str, Chart] = {}  # by title
+        self.choices: dict[str, list[Chart]] = {}  # by name
         self.text = ""
         self._open: list[str] = []
         self.feed(page)
@@ -50,6 +55,12 @@ class Page(HTMLParser):
         self.attributes += attributes
         if tag not in VOID:
             self._open.append(tag)
+        given = dict(attributes)
+        if (data := given.get("data-chart")) is not None:
+            chart = json.loads(data)
+            self.charts[chart["title"]] = chart
+        if (data := given.get("data-choice")) is not None:
+            self.choices |= {choice["name"]: choice["charts"] for choice in json.loads(data)}
         if tag == "tr":
             self.rows.append([])
         elif tag in ("th", "td"):
@@ -64,7 +75,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         inside = self._open[-1] if self._open else ""
-        if inside == "style":
+        if inside in ("style", "script"):
             return
         self.text += f"{data}\n"
         if inside in ("th", "td"):
@@ -92,6 +103,12 @@ def written(results: dict[str, Any], path: Path, recipe: str = "model: demo\n") 
     return Page((path / "report.html").read_text())
 
 
+def error_curves(page: Page) -> dict[str, list[tuple[int, float]]]:
+    """The curves of the linears' output error."""
+    curves = page.charts["Relative output error by block"]["curves"]
+    return {name: [(at, value) for at, value in curve] for name, curve in curves.items()}
+
+
 def with_linears(results: dict[str, Any], errors: dict[str, tuple[float | None, float | None]]) -> dict[str, Any]:
     """The results with linears of these names: (relative output error, SQNR in dB)."""
     rows = [{"name": name, "scheme": "s", "relative_output_error": e, "sqnr_db": s} for name, (e, s) in errors.items()]
@@ -112,17 +129,47 @@ def test_the_page_of_a_run_shows_its_results(folder: Path, results: dict[str, An
     assert len(names) == 42 and first_cells[first_cells.index(names[0]) :][:42] == names
     assert {stage["name"] for stage in results["stages"]} <= set(first_cells)
     assert ["safetensors", "exports/safetensors", "exactly the run's weights"] in [row[:3] for row in page.rows]
-    assert list(results["versions"].values()) in page.rows
+    assert all([package, version] in page.rows for package, version in results["versions"].items())
     assert (folder / "recipe.yaml").read_text() in page.text
-    assert len([title for title in page.titles if title.startswith("block ")]) == 42
+    assert sum(map(len, error_curves(page).values())) == 42
+    assert len(page.charts["SQNR of weights (dB)"]["values"]) == 42
+    assert len(page.choices) == 42 and len(page.choices["block 5, mlp.down_proj"]) == 5
+    shown = {row["label"]: row for row in page.charts["perplexity, demo:test"]["rows"]}
+    (compressed,) = [r for r in results["metrics"] if (r["name"], r["subject"]) == ("perplexity", "compressed")]
+    assert shown["compressed"] == {"label": "compressed", "value": compressed["value"], "spread": 1.96 * compressed["stderr"]}
 
 
-def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
+def test_the_page_needs_nothing_from_elsewhere_and_runs_one_script_which_its_policy_names(folder: Path) -> None:
     text = (folder / "report.html").read_text()
     page = Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
     assert not {"src", "href", "srcset", "xlink:href"} & {name for name, _ in page.attributes}
-    assert not re.search(r"url\(|@import|https?://", text)
+    (scripted,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(scripted.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    assert ("content", policy) in page.attributes and "Permission to use, copy, modify" in scripted
+    assert not re.search(r"url\(|@import|https?://", text.replace(scripted, ""))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
+    width: int, scheme: str, folder: Path, browser: Any
+) -> None:
+    browser.open(folder / "report.html", width, scheme)
+    figures = "[...document.querySelectorAll('figure[data-chart], [data-choice] figure')]"
+    marks = "(f) => f.querySelectorAll('svg rect, svg circle, svg path').length"
+    drawn = browser.value(
+        f"{figures}.map((f) => [f.querySelector('b').textContent, ({marks})(f), f.innerText.includes('NaN')])"
+    )
+    assert len(drawn) == 15 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    browser.value(
+        "(() => { const list = document.querySelector('select'); list.value = 41; list.dispatchEvent(new Event('change')) })()"
+    )
+    titles = browser.value("[...document.querySelectorAll('[data-choice] figure b')].map((b) => b.textContent)")
+    assert titles[0] == "Weights on the grid of w4a16g128" and len(titles) == 5
+    assert browser.complaints == []
 
 
 def test_no_text_of_the_results_becomes_markup(results: dict[str, Any], tmp_path: Path) -> None:
@@ -139,9 +186,11 @@ def test_no_text_of_the_results_becomes_markup(results: dict[str, Any], tmp_path
         row["name"], row["unit"] = before["name"], before["unit"]  # so that the headline is made of them
     spoiled["metrics"].append(spoiled["metrics"][0] | {"name": HOSTILE, "unit": HOSTILE})
     spoiled["versions"][HOSTILE] = "1"
+    spoiled["samples"] = [{"dataset": "d", "prompt": HOSTILE, "texts": {HOSTILE: HOSTILE}}]
     page = written(spoiled, tmp_path, HOSTILE)
     assert "onclick" not in {name for name, _ in page.attributes}
-    assert page.tags.count("b") == clean.tags.count("b")
+    assert page.tags.count("b") == clean.tags.count("b") + 2  # of the sample
+    assert "perplexity, demo:test" + HOSTILE in page.charts
     for text in (
         "demo",
         "done",
@@ -168,7 +217,7 @@ def test_a_run_that_only_exports_has_a_page_without_empty_parts(results: dict[st
     page = written(results | empty, tmp_path)
     for heading in ("Quality", "Gates", "Fallbacks", "Linears"):
         assert heading not in page.text
-    assert "Exports" in page.text and "svg" not in page.tags
+    assert "Exports" in page.text and page.charts == {} and "script" not in page.tags
 
 
 def test_a_bar_is_as_long_as_its_number_is_large(results: dict[str, Any], tmp_path: Path) -> None:
@@ -178,39 +227,40 @@ def test_a_bar_is_as_long_as_its_number_is_large(results: dict[str, Any], tmp_pa
     assert shares[:6] == [f"--share:{share}%" for share in ("100.0", "25.0", "50.0", "100.0", "0.0", "0.0")]
 
 
-def heights(page: Page) -> list[float]:
-    return [float(str(value)) for name, value in page.attributes if name == "cy"]
-
-
-def test_the_chart_shows_the_worst_expert_of_each_block_on_a_logarithmic_axis(results: dict[str, Any], tmp_path: Path) -> None:
+def test_the_curves_show_the_worst_expert_of_each_block(results: dict[str, Any], tmp_path: Path) -> None:
     errors = {f"h.{b}.experts.{e}.up": (10.0 ** (b - 4) / (e + 1), None) for b in range(3) for e in range(4)}
     page = written(with_linears(results, errors | {"lm_head": (0.5, None), "h.0.exact": (0.0, None)}), tmp_path)
-    shown = [f"block {block}, experts.#.up: {10.0 ** (block - 4):.4g}" for block in range(3)]
-    assert page.titles[1:] == shown
-    low, middle, high = heights(page)
-    assert low > middle > high  # the page counts downward
-    assert low - middle == pytest.approx(middle - high, abs=0.2)  # equal ratios, equal steps, to the rounding of y
-    assert (low, high) == (250.0, 20.0)  # values that are round fill the axis
+    assert error_curves(page) == {"experts.#.up": [(0, 1e-4), (1, 1e-3), (2, 1e-2)]}
+    assert page.charts["Relative output error"]["values"] == [[b, "experts.#.up", 10.0 ** (b - 4)] for b in range(3)]
 
 
-@pytest.mark.parametrize(
-    "errors",
-    [
-        {"h.0.a": (1e-7, None)},
-        {"h.0.a": (0.01, None), "h.1.a": (0.01, None)},
-        {"h.0.a": (9.999999999999999e-4, None), "h.9.b": (7e3, None)},
-        {f"h.{n}.a": (2.0**-n, None) for n in range(60)},
-        {"h.3.a": (None, 15.0)},
-        {"h.0.a": (None, -7.0), "h.1.a": (None, 51.0)},
-        {"h.0.a": (math.nan, 12.0), "h.1.a": (0.5, 12.0)},
-    ],
-)
-def test_the_axis_encloses_every_value(
-    errors: dict[str, tuple[float | None, float | None]], results: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_is_no_number_and_what_a_logarithm_cannot_show_is_left_out(results: dict[str, Any], tmp_path: Path) -> None:
+    page = written(with_linears(results, {"h.0.a": (math.nan, 12.0), "h.1.a": (0.5, 12.0), "h.2.a": (0.0, 3.0)}), tmp_path)
+    assert error_curves(page) == {"a": [(1, 0.5)]}
+    assert [cell[0] for cell in page.charts["SQNR of weights (dB)"]["values"]] == [0, 1, 2]
+
+
+def test_the_worst_linears_are_listed_and_the_rest_is_counted(results: dict[str, Any], tmp_path: Path) -> None:
+    errors = {f"h.{n}.a": (1e-3 * (n + 1), 10.0) for n in range(150)}
     page = written(with_linears(results, errors), tmp_path)
-    assert heights(page) and all(20 <= y <= 250 for y in heights(page))
-    assert "nan" not in {str(value) for _, value in page.attributes}
+    named = [row[0] for row in page.rows if row and row[0].startswith("h.")]
+    assert named == [f"h.{n}.a" for n in range(149, 21, -1)]
+    assert "22 more linears stand in results.json." in page.text
+
+
+def test_two_schemes_have_a_map_of_their_own(results: dict[str, Any], tmp_path: Path) -> None:
+    page = written(with_linears(results, {"h.0.a": (0.1, 9.0), "h.1.a": (0.1, 9.0)}), tmp_path)
+    assert "Schemes" not in page.charts
+    rows = [{"name": "h.0.a", "scheme": "w4"}, {"name": "h.1.e.0", "scheme": "w4"}, {"name": "h.1.e.1", "scheme": "w8"}]
+    chart = written(results | {"blocks": rows}, tmp_path).charts["Schemes"]
+    assert chart["categories"] == ["w4", "w4, w8"] and chart["values"] == [[0, "a", 0], [1, "e.#", 1]]
+
+
+def test_what_the_models_write_stands_side_by_side(results: dict[str, Any], tmp_path: Path) -> None:
+    texts = {"original": "there was a cat", "compressed": "there was a dog"}
+    page = written(results | {"samples": [{"dataset": "d", "prompt": "Once upon a time", "texts": texts}]}, tmp_path)
+    assert page.tags.count("blockquote") == 2
+    assert "Once upon a time\noriginal\nthere was a cat\ncompressed\nthere was a dog\n" in page.text
 
 
 def test_without_measured_inputs_the_chart_shows_the_sqnr_and_an_empty_column_is_left_out(
@@ -218,5 +268,7 @@ def test_without_measured_inputs_the_chart_shows_the_sqnr_and_an_empty_column_is
 ) -> None:
     errors = {"h.0.a": (None, 10.0), "h.1.a": (None, 20.0), "h.1.b.0": (None, 9.0), "h.1.b.1": (None, 12.0)}
     page = written(with_linears(results, errors), tmp_path)
-    assert page.titles[1:] == ["block 0, a: 10", "block 1, a: 20", "block 1, b.#: 9"]  # of two experts the worse one
+    curves = page.charts["SQNR of weights (dB) by block"]["curves"]
+    assert curves == {"a": [[0, 10.0], [1, 20.0]], "b.#": [[1, 9.0]]}  # of two experts the worse one
+    assert "Relative output error" not in page.charts
     assert ["linear, worst first", "scheme", "SQNR of weights (dB)"] in page.rows
