@@ -41,7 +41,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "methods": (6, {"torch", "pydantic"}),
     "laws": (6, {"torch", "transformers"}),
     "recipe": (7, {"yaml", "pydantic"}),
-    "pipeline": (7, {"torch", "transformers", "safetensors"}),
+    "pipeline": (7, {"torch", "transformers", "safetensors", "pydantic", "ray", "optuna"}),
     "report": (7, {"yaml"}),
     # What is measured beside qtool's own products, each inside a function, and what draws the figure.
     "bench": (7, {"torch", "transformers", "matplotlib", *PEERS}),
@@ -50,7 +50,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 }
 # Imported inside a function only, so that what does not use it does not pay for it.
 INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow"), ("model", "onnx")}
-INSIDE_FUNCTIONS |= {("bench", name) for name in ("matplotlib", *PEERS)}
+INSIDE_FUNCTIONS |= {("pipeline", "ray"), ("pipeline", "optuna"), *(("bench", name) for name in ("matplotlib", *PEERS))}
 KINDS_WITH_A_LIBRARY = ("calibrate", "search", "evaluate", "export")  # one outside library each, inside a function
 # registry.laws hands out the tests of a kind; they build models, and listing methods must not import torch.
 # qtool.load is the package's door for Python programs.

@@ -32,6 +32,8 @@ PARTS = (
     Part(("lm-eval",), "evaluate/lm_eval"),
     Part(("pydantic",), "recipes"),
     Part(("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CUDA kernels, with an NVIDIA GPU", is_required=False),
+    Part(("ray",), "qtool sweep", is_required=False),
+    Part(("optuna",), "qtool search", is_required=False),
     Part(("compressed-tensors",), "loading exports with plain transformers", is_required=False),
 )
 

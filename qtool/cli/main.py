@@ -14,6 +14,7 @@ import typer
 
 import qtool
 from qtool.cli import bench
+from qtool.cli.compare import compare
 from qtool.cli.doctor import doctor
 from qtool.cli.evaluate import evaluate
 from qtool.cli.export import export
@@ -23,7 +24,10 @@ from qtool.cli.methods import methods
 from qtool.cli.plan import plan
 from qtool.cli.run import run
 from qtool.cli.schema import schema
+from qtool.cli.search import search
 from qtool.cli.stream import stream
+from qtool.cli.sweep import sweep
+from qtool.cli.top import top
 from qtool.cli.validate import validate
 from qtool.cli.verify import verify
 from qtool.errors import QtoolError
@@ -33,7 +37,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "inspect": inspect,
     "stream": stream,
+    "top": top,
     "eval": evaluate,
+    "compare": compare,
+    "sweep": sweep,
+    "search": search,
     "export": export,
     "methods": methods,
     "validate": validate,

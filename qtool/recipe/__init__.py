@@ -143,6 +143,19 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     return _build(root, overrides, None, problems)
 
 
+def read_options(path: Path, model: type[Checked]) -> Checked:
+    """Another strict YAML file, of these options; raises one RecipeError that lists every problem, each with its line."""
+    problems: Problems = []
+    try:
+        root = compose(path.read_text(encoding="utf-8"), str(path), problems)
+    except (OSError, UnicodeDecodeError) as error:
+        raise QtoolError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    options = None if root is None else _check(model, root, root.start_mark, "", problems)
+    if problems or options is None:
+        raise _error(problems)
+    return options
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, with the options of every method that is installed."""
     listed = registry.list_methods()

@@ -1,0 +1,96 @@
+"""Sweeps: trials from grids and lists, every mistake before any work, and a real one on Ray that is stopped and goes on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qtool.errors import RecipeError
+from qtool.pipeline.sweep import SweepOptions, expand, read_sweep
+
+BASE = """\
+model: {model}
+pipeline:
+  - quantize/rtn: {{scheme: w8a16}}
+  - evaluate/perplexity: {{source: demo:test, samples: 3, length: 16}}
+  - evaluate/kl_divergence: {{source: demo:test, samples: 3, length: 16}}
+"""
+
+
+@pytest.fixture
+def write(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """`write(text)`: a sweep file beside the recipe base.yaml of a tiny model."""
+    (tmp_path / "base.yaml").write_text(BASE.format(model=tiny_model("llama")))
+
+    def file(text: str) -> Path:
+        (tmp_path / "sweep.yaml").write_text(f"extends: base.yaml\n{text}")
+        return tmp_path / "sweep.yaml"
+
+    return file
+
+
+def test_a_grid_is_every_combination_and_stated_trials_go_over_all_of_it() -> None:
+    options = SweepOptions.model_validate(
+        {"extends": "r", "grid": {"a.x": [1, 0.5], "b": ["w4/g"]}, "trials": {"one": {"seed": 1}, "two": {}}}
+    )
+    assert expand(options) == {
+        "one,x=1,b=w4_g": {"seed": 1, "a.x": 1, "b": "w4/g"},
+        "one,x=0.5,b=w4_g": {"seed": 1, "a.x": 0.5, "b": "w4/g"},
+        "two,x=1,b=w4_g": {"a.x": 1, "b": "w4/g"},
+        "two,x=0.5,b=w4_g": {"a.x": 0.5, "b": "w4/g"},
+    }
+    alike = SweepOptions.model_validate({"extends": "r", "grid": {"a.x": [1, 2], "b.x": [1, 2]}})
+    assert len(expand(alike)) == 4
+    long = SweepOptions.model_validate({"extends": "r", "grid": {"a": ["w" * 300 + end for end in "xyz"]}})
+    assert len(expand(long)) == 3 and all(len(name) < 130 for name in expand(long))
+
+
+def test_every_mistake_of_every_trial_comes_before_any_work(write: Callable[[str], Path]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        read_sweep(write("grid:\n  pipeline.quantize/rtn.scheme: [w4a16g48, w9, w4a16g32]\n  sede: [1]\n"))
+    text = str(refused.value)
+    assert text.count('there is no "sede"') == 3 and "scheme=w9,sede=1: --set" in text
+    with pytest.raises(RecipeError, match=r"(?s)scheme=w4a16g48: .* do not divide into groups of 48"):
+        read_sweep(write("grid:\n  pipeline.quantize/rtn.scheme: [w4a16g48, w4a16g32]\n"))
+    with pytest.raises(RecipeError) as refused:
+        read_sweep(write("gird: {seed: [1]}\nresources: {cpus: 0}\n"))
+    assert 'sweep.yaml:2: there is no "gird"; did you mean "grid"?' in str(refused.value)
+    assert "sweep.yaml:3: resources.cpus is 0; valid: number > 0" in str(refused.value)
+    with pytest.raises(RecipeError, match="states no trial; give grid, trials or both"):
+        read_sweep(write(""))
+    with pytest.raises(RecipeError, match="cannot name a folder"):
+        read_sweep(write("trials: {../up: {seed: 1}}\n"))
+
+
+def test_a_sweep_runs_on_ray_compares_its_trials_and_does_none_twice(write: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray has no wheel here; pip install ray")
+    file = write("grid:\n  pipeline.quantize/rtn.scheme: [w4a16g32, w3a16g32]\nresources: {parallel: 2}\n")
+    command = [sys.executable, "-m", "qtool", "sweep", str(file), "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "scheme=w3a16g32" in done.stdout and "2 trials" in done.stdout and "Δ from scheme=w4a16g32" in done.stdout
+    out = tmp_path / "out"
+    trials = json.loads((out / "sweep.json").read_text())["trials"]
+    assert [(trial["name"], trial["status"]) for trial in trials] == [("scheme=w4a16g32", "done"), ("scheme=w3a16g32", "done")]
+    rows = {row["name"]: row for row in json.loads((out / "compare.json").read_text())["runs"]}
+    assert rows["scheme=w4a16g32"]["value"] < rows["scheme=w3a16g32"]["value"]
+    assert rows["scheme=w4a16g32"]["bits_per_weight"] == pytest.approx(4.5) and (out / "compare.html").is_file()
+
+    finished = (out / "scheme=w4a16g32" / "results.json").read_bytes()
+    (out / "scheme=w3a16g32" / "results.json").unlink()  # as if it had been stopped before its end
+    code = (  # a trial that stands is not even looked at: only one is handed to Ray
+        "import sys\nfrom qtool.pipeline import sweep\n"
+        "before = sweep.carry_out\n"
+        "def spy(resources, trials, out):\n    print('left', [trial.name for trial in trials])\n"
+        "    for trial in trials:\n"
+        "        yield trial.name, sweep.run_trial(trial.recipe.to_yaml(), str(out / trial.name), '.')\n"
+        "sweep.carry_out = spy\n"
+        "from qtool.cli.main import app\napp(sys.argv[1:])\n"
+    )
+    again = subprocess.run([sys.executable, "-c", code, *command[3:]], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "left ['scheme=w3a16g32']" in again.stdout
+    assert (out / "scheme=w4a16g32" / "results.json").read_bytes() == finished
