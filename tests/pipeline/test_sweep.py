@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from qtool.cli.main import app
 from qtool.errors import RecipeError
-from qtool.pipeline.sweep import SweepOptions, expand, read_sweep
+from qtool.pipeline import sweep
+from qtool.pipeline.sweep import Resources, SweepOptions, Trial, expand, read_sweep
 
 BASE = """\
 model: {model}
@@ -65,7 +68,9 @@ def test_every_mistake_of_every_trial_comes_before_any_work(write: Callable[[str
         read_sweep(write("trials: {../up: {seed: 1}}\n"))
 
 
-def test_a_sweep_runs_on_ray_compares_its_trials_and_does_none_twice(write: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_sweep_runs_on_ray_compares_its_trials_and_does_none_twice(
+    write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="Ray has no wheel here; pip install ray")
     file = write("grid:\n  pipeline.quantize/rtn.scheme: [w4a16g32, w3a16g32]\nresources: {parallel: 2}\n")
     command = [sys.executable, "-m", "qtool", "sweep", str(file), "--out", "out"]
@@ -81,16 +86,16 @@ def test_a_sweep_runs_on_ray_compares_its_trials_and_does_none_twice(write: Call
 
     finished = (out / "scheme=w4a16g32" / "results.json").read_bytes()
     (out / "scheme=w3a16g32" / "results.json").unlink()  # as if it had been stopped before its end
-    code = (  # a trial that stands is not even looked at: only one is handed to Ray
-        "import sys\nfrom qtool.pipeline import sweep\n"
-        "before = sweep.carry_out\n"
-        "def spy(resources, trials, out):\n    print('left', [trial.name for trial in trials])\n"
-        "    for trial in trials:\n"
-        "        yield trial.name, sweep.run_trial(trial.recipe.to_yaml(), str(out / trial.name), '.')\n"
-        "sweep.carry_out = spy\n"
-        "from qtool.cli.main import app\napp(sys.argv[1:])\n"
-    )
-    again = subprocess.run([sys.executable, "-c", code, *command[3:]], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "left ['scheme=w3a16g32']" in again.stdout
+    handed: list[str] = []
+
+    def carry_out_here(resources: Resources, trials: Sequence[Trial], out: Path) -> Iterator[tuple[str, str | None]]:
+        for trial in trials:
+            handed.append(trial.name)
+            yield trial.name, sweep.run_trial(trial.recipe.to_yaml(), str(out / trial.name), str(tmp_path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "carry_out", carry_out_here)
+    again = CliRunner().invoke(app, command[3:])
+    assert again.exit_code == 0, again.stderr
+    assert handed == ["scheme=w3a16g32"]  # the other one stands
     assert (out / "scheme=w4a16g32" / "results.json").read_bytes() == finished
