@@ -24,14 +24,14 @@ from qtool.options import Needs, Options
 
 KINDS = ("calibrate", "transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export")
 GUIDES = {
-    "calibrate": "First: text for every step that looks at inputs.",
+    "calibrate": "First: text for steps that see inputs. mixture, dsir (like a target), coverage; self_generated needs none.",
     "transform": "Before rounding. The model computes the same, but after deep_shape. GPTQ needs none; activations do.",
     "search": "Before quantizing: which linear gets which scheme.",
     "quantize": "rtn at 8 bits; gptq at 2 to 4, yaqa for the least KL; hqq, fine_quant without text; kv_cache, inputs after.",
     "prune": "Zeros: sparsegpt for quality, wanda for speed; 2:4 where the hardware has it. Then distill.",
     "factorize": "After quantizing, where the runtime can run low-rank factors.",
     "distill": "Last before measuring: training by the original's predictions.",
-    "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks.",
+    "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks; generation to read what both models write.",
     "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
 Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "shape", "training"]
@@ -64,6 +64,8 @@ class Method:
     added_bytes: Callable[..., int] | None = None  # (options, out, in): how much that is for one linear
     shape: Callable[..., Any] | None = None  # of scope shape: (model, options) to the largest shape.Shape that it may come to;
     # raises where the model takes none such
+    repeats: bool = True  # an evaluation: whether a second one gives the same figures, which those of time do not
+    measures: tuple[str, ...] | None = None  # an evaluation's metrics, names or patterns; None: known once it has run
     key: str = ""
 
     @property

@@ -14,6 +14,7 @@ os.environ |= {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
+    "QTOOL_CACHE": "off",  # a result that another test kept would hide what this one computes
 }
 
 import pytest  # noqa: E402

@@ -41,7 +41,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "methods": (6, {"torch", "pydantic"}),
     "laws": (6, {"torch", "transformers"}),
     "recipe": (7, {"yaml", "pydantic"}),
-    "pipeline": (7, {"torch", "transformers", "safetensors", "pydantic", "ray", "optuna"}),
+    "pipeline": (7, {"torch", "transformers", "safetensors", "pydantic", "yaml", "ray", "optuna"}),
     "report": (7, {"yaml"}),
     # What is measured beside qtool's own products, each inside a function, and what draws the figure.
     "bench": (7, {"torch", "transformers", "matplotlib", *PEERS}),

@@ -16,6 +16,9 @@ pipeline:
   - calibrate/text: {source: demo:calibration, samples: 2, length: 64}
   - quantize/row_range: {scheme: w4a16g32, candidates: 3}
   - evaluate/perplexity: {source: demo:test, samples: 2, length: 64}
+  - evaluate/line_perplexity: {source: demo:test, samples: 3, length: 64}
+gates:
+  line_perplexity: {max_increase: 50%, significance: 1}
 """
 
 
@@ -56,6 +59,9 @@ def test_a_recipe_runs_an_installed_plugin_and_its_error_is_measured(installed: 
     assert results["status"] == "done"
     perplexity = {metric["subject"]: metric["value"] for metric in results["metrics"] if metric["name"] == "perplexity"}
     assert perplexity["compressed"] != perplexity["original"]
+    lines = {metric["subject"]: metric for metric in results["metrics"] if metric["name"] == "line_perplexity"}
+    assert lines["original"]["value"] > 1 and lines["compressed"]["difference_stderr"] > 0  # paired without its doing
+    assert results["gates"][0]["passed"] and results["gates"][0]["is_paired"]
     # 4 bits in groups of 32 cost far under a tenth of the perplexity; garbage would cost multiples of it.
     assert perplexity["compressed"] < 1.1 * perplexity["original"]
 
@@ -68,7 +74,11 @@ def test_a_plugin_option_out_of_range_is_refused_like_a_built_in_one(installed: 
 
 
 def test_the_laws_of_its_kind_hold_for_a_plugin(installed: Path, tmp_path: Path) -> None:
-    code = "from qtool import registry\nfor law in registry.laws('quantize/row_range').values(): law()\nprint('held')"
+    code = (
+        "from qtool import registry\n"
+        "for key in ('quantize/row_range', 'evaluate/line_perplexity'):\n"
+        "    for law in registry.laws(key).values(): law()\nprint('held')"
+    )
     laws = run(installed, "-c", code, cwd=tmp_path)
     assert laws.stdout == "held\n", laws.stderr
 

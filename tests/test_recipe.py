@@ -333,14 +333,14 @@ def test_overrides_reach_model_seed_gates_and_options_that_the_file_leaves_out()
             "model=/models/mine",
             "model.device=cpu",
             "seed=9",
-            "gates.top1_agreement.min=0.9",
+            "gates.bits_per_byte.min=0.9",
             "pipeline.calibrate/text.source=FILE.jsonl",
             "pipeline.quantize/gptq.ignore=[lm_head, '*.down_proj']",
             "pipeline.4={source: demo:validation}",
         ],
     )
     assert (loaded.model.path, loaded.model.device, loaded.seed) == ("/models/mine", "cpu", 9)
-    assert [gate.metric for gate in loaded.gates] == ["perplexity", "top1_agreement"]
+    assert [gate.metric for gate in loaded.gates] == ["perplexity", "bits_per_byte"]
     resolved = loaded.resolved()["pipeline"]
     assert resolved[0]["calibrate/text"]["source"] == "FILE.jsonl" and resolved[0]["calibrate/text"]["samples"] == 8
     assert resolved[2]["quantize/gptq"]["ignore"] == ["lm_head", "*.down_proj"]
@@ -398,7 +398,7 @@ pipeline:
   - transform/fold_norms: {}
   - quantize/gptq: {damp: 0.05}
 gates:
-  top1_agreement: {min: 0.5}
+  bits_per_byte: {min: 0.5}
 """,
         "child.yaml",
     )
@@ -414,7 +414,7 @@ gates:
     assert (resolved[0]["calibrate/text"]["samples"], resolved[0]["calibrate/text"]["length"]) == (16, 64)
     assert resolved[3]["quantize/gptq"]["damp"] == 0.05
     assert (loaded.seed, loaded.model.dtype) == (3, "float32")
-    assert [gate.metric for gate in loaded.gates] == ["perplexity", "top1_agreement"]
+    assert [gate.metric for gate in loaded.gates] == ["perplexity", "bits_per_byte"]
 
 
 def test_a_new_step_at_the_head_of_a_child_comes_last_and_a_model_as_a_word_replaces_all(tmp_path: Path) -> None:
@@ -497,3 +497,26 @@ def test_the_schema_lets_a_word_stand_for_a_model_and_a_scheme() -> None:
     definitions = recipe.schema()["$defs"]
     for name in ("ModelOptions", "Scheme"):
         assert {"type": "string"} in definitions[name]["anyOf"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        ("perplexty: {max: 9}", 'gates: no evaluate step measures "perplexty"; did you mean "perplexity"?'),
+        ("perplexity: {significance: 2}", "gates.perplexity: states no limit; valid: max, min, max_increase, max_drop, ba"),
+        ("perplexity: {baseline: {results: a.json}}", "states no limit; valid: max_increase, max_drop"),
+        ("perplexity: {max: 9, significance: -1}", "gates.perplexity.significance is -1; valid: number >= 0 or null"),
+    ],
+)
+def test_a_gate_that_can_judge_nothing_is_refused_before_any_work(gate: str, refused: str) -> None:
+    text = GOOD[: GOOD.index("gates:")] + f"gates:\n  {gate}\n"
+    with pytest.raises(RecipeError) as raised:
+        parse(text, "r.yaml")
+    assert refused in str(raised.value)
+
+
+def test_all_of_a_gate_is_in_the_resolved_recipe() -> None:
+    stated = "{max: 9, significance: 2, dataset: 'demo:test', baseline: {results: a.json, max_increase: 1%}}"
+    loaded = parse(GOOD[: GOOD.index("gates:")] + f"gates:\n  perplexity: {stated}\n", "r.yaml")
+    assert parse(loaded.to_yaml(), "r.yaml").gates == loaded.gates
+    assert loaded.gates[0].significance == 2 and loaded.gates[0].baseline is not None

@@ -27,22 +27,28 @@ def evaluate(
     runtime: Annotated[
         Runtime, typer.Option(help="What computes quantized linears: decoded weights as in a run, or a device's fast products.")
     ] = Runtime.reference,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json and report.html, as those of a run.")] = None,
     device: Device = None,
     allow_pickle: AllowPickle = False,
     json_only: Json = False,
 ) -> None:
-    """Measure a model, or a run's compressed model beside its original; a run brings its own evaluate steps."""
+    """Measure a model, or a run's compressed model beside its original; a run brings its own evaluate steps.
+
+    A model may be any checkpoint that transformers loads, quantized by whatever tool.
+    """
     steps = choose_steps(target, source, length, samples, tasks, overrides)
     with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
         from qtool.pipeline.run import evaluate_target  # here, because it imports torch
 
-        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value)
+        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value, out)
     if json_only:
         print(json.dumps(results, indent=1))
     else:
         print_metrics(results["metrics"])
         for line in results["runtime"]:
             print(f"{runtime.value}: {line}")
+        if out is not None:
+            print(out / "report.html")
 
 
 def choose_steps(

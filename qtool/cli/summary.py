@@ -31,8 +31,12 @@ def print_summary(results: Row, folder: Path) -> None:
         console.print(f"[bold]export[/bold]  {path}, {export['bytes'] / 2**20:,.1f} MiB{kept}")
     for gate in results["gates"]:
         said = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
-        what = f"{gate['metric']} {gate['limit']}, {gate['subject']} has {number(gate['value'])}"
-        console.print(f"[bold]gate[/bold]  {said}  {escape(what)}, allowed {number(gate['allowed'])}")
+        against = "" if gate["against"] in (None, "original") else f" over {gate['against']}"
+        what = f"{gate['metric']} {gate['limit']}{against}, {gate['subject']} has {number(gate['value'])}"
+        room = ""
+        if gate["significance"] is not None:
+            room = f" within {gate['significance']:g} standard errors of {number(gate['margin_stderr'])}"
+        console.print(f"[bold]gate[/bold]  {said}  {escape(what)}, allowed {number(gate['allowed'])}{room}")
     for text in results["fallbacks"]:
         console.print(f"[yellow]fallback[/yellow]  {escape(text)}")
     seconds = sum(stage["seconds"] for stage in results["stages"])

@@ -11,5 +11,5 @@ def validate(recipe: RecipeArgument, overrides: Overrides) -> None:
     steps = " → ".join(step.key for step in loaded.steps)
     print(f"{recipe}: valid\n  model {loaded.model.path}, seed {loaded.seed}\n  {steps}")
     for gate in loaded.gates:
-        print(f"  gate {gate.metric}: {', '.join(f'{name} {limit}' for name, limit in gate.limits.items())}")
+        print(f"  gate {gate.metric}: {', '.join(f'{name} {limit}' for name, limit in gate.stated().items())}")
     print(f"  digest {loaded.digest}")

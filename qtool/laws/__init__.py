@@ -53,6 +53,8 @@ from qtool.laws.linear import (
     the_shape_falls_by_the_factor,
 )
 from qtool.laws.model import (
+    calibrating_gives_the_windows_asked_for,
+    calibrating_repeats,
     evaluating_repeats,
     every_linear_of_the_block_is_quantized,
     exported_bytes_are_the_model,
@@ -77,6 +79,7 @@ from qtool.registry import Method
 Law = Callable[[Method], None]
 
 LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
+    ("calibrate", "model"): (calibrating_gives_the_windows_asked_for, calibrating_repeats),
     ("search", "model"): (
         the_budget_is_kept,
         no_choice_loses_less,

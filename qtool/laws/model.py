@@ -1,8 +1,9 @@
-"""Laws of the methods that see a model: transforms, distillation losses, evaluations and exports.
+"""Laws of the methods that see a model: calibrations, transforms, distillation losses, evaluations and exports.
 
 They are checked on a two-block Llama of random weights, in float32, made anew for every law.
 """
 
+import fnmatch
 import math
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool.artifact import Metric
+from qtool.artifact import Finding, Metric, Record, Sample
 from qtool.calibration.statistics import LayerStats
 from qtool.calibration.tokens import ASSETS
 from qtool.formats.scheme import Scheme
@@ -45,6 +46,10 @@ SAMPLE_CHOICES: dict[str, Any] = {  # what required or costly options are set to
     "heads": 2,
     "keep": 3,
     "parameters": 0.9,
+    "candidates": 8,
+    "bins": 2,
+    "target": {"source": "demo:validation"},
+    "sources": [{"source": "demo:test"}, {"source": "demo:validation"}],
 }
 BLOCK_SCHEMES = ("w4a16g32", "w2a16g32-asym")
 EXPORT_SCHEMES = ("w4a16g32",)
@@ -277,6 +282,30 @@ def the_gradient_is_finite(method: Method) -> None:
         assert bool(torch.isfinite(gradient).all()), f"gradients are not finite at logits of size {size:g}"
 
 
+# ---- calibrate ----
+
+
+def calibrating_gives_the_windows_asked_for(method: Method) -> None:
+    """As many windows as asked for, of that length, of tokens that the model knows; and the model is as it was."""
+    with tiny_checkpoint() as folder:
+        model, options = ModelHandle(ModelOptions(path=str(folder), device="cpu")), sample_options(method)
+        before = model.final_hidden(sample_tokens()).clone()
+        tokens = method.run(model, options, 0)
+        asked = options.model_dump()
+        assert tokens.shape == (asked["samples"], asked["length"]), f"{tuple(tokens.shape)} windows and tokens"
+        assert tokens.dtype == torch.int64 and 0 <= int(tokens.min()) and int(tokens.max()) < 4096, "no tokens of the model"
+        assert torch.equal(model.final_hidden(sample_tokens()), before), "the model computes something else afterwards"
+
+
+def calibrating_repeats(method: Method) -> None:
+    """The same seed gives the same windows, in a model of its own too."""
+    with tiny_checkpoint() as folder:
+        first, second = (
+            method.run(ModelHandle(ModelOptions(path=str(folder), device="cpu")), sample_options(method), 3) for _ in range(2)
+        )
+        assert torch.equal(first, second), "the same seed gives other windows"
+
+
 # ---- evaluate ----
 
 
@@ -286,10 +315,22 @@ def evaluating_repeats(method: Method) -> None:
         model = ModelHandle(ModelOptions(path=str(folder), device="cpu"))
         before = model.final_hidden(sample_tokens()).clone()
         first, second = (method.run(model, model, sample_options(method), 0) for _ in range(2))
-        assert first == second, f"{first} and {second} differ"
+        first, second = ([one for one in found if not isinstance(one, Record)] for found in (first, second))  # dated
+        if not method.repeats:
+            assert [_without_value(one) for one in first] == [_without_value(one) for one in second], "other figures"
+        else:
+            assert first == second, f"{first} and {second} differ"
         assert torch.equal(model.final_hidden(sample_tokens()), before), "the model computes something else afterwards"
-        for metric in first:
+        metrics = [one for one in first if not isinstance(one, Sample)]
+        assert metrics, "nothing was measured"
+        for metric in metrics:
             assert isinstance(metric, Metric) and math.isfinite(metric.value) and metric.unit, f"{metric} is no metric"
+            told = method.measures is None or any(fnmatch.fnmatchcase(metric.name, name) for name in method.measures)
+            assert told, f"{metric.name} is not among what the method says it measures: {method.measures}"
+
+
+def _without_value(found: Finding) -> Finding:
+    return replace(found, value=0.0, stderr=None, parts=None) if isinstance(found, Metric) else found
 
 
 # ---- export ----

@@ -9,7 +9,7 @@ Source: the delta method for ratios, Cochran 1977, Sampling Techniques, section 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 CONFIDENT = 1.96  # standard errors within which 95 % of a normal variable's draws lie
 
@@ -29,12 +29,10 @@ def exponential_parts(parts: Sequence[float]) -> tuple[float, ...]:
     return tuple(math.exp(center) * (1 + part - center) for part in parts)
 
 
-def jackknife_parts(estimate: Callable[[list[int]], float], n_units: int) -> tuple[float, ...]:
-    """c_i of any smooth statistic of units 0 .. n - 1, from what it becomes without each of them in turn."""
-    whole = estimate(list(range(n_units)))
-    without = [estimate([unit for unit in range(n_units) if unit != left]) for left in range(n_units)]
-    center = math.fsum(without) / n_units
-    return tuple(whole + (n_units - 1) * (center - one) for one in without)
+def jackknife_parts(whole: float, without: Sequence[float]) -> tuple[float, ...]:
+    """c_i of any smooth statistic, from its value for all units and those without each of them in turn."""
+    center = math.fsum(without) / len(without)
+    return tuple(whole + (len(without) - 1) * (center - one) for one in without)
 
 
 def standard_error(parts: Sequence[float]) -> float | None:

@@ -9,6 +9,7 @@ Why not fx tracing or per-model classes: the model's own forward already knows, 
 import contextlib
 import copy
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from qtool.calibration.tokens import ASSETS
+import qtool
+from qtool.artifact import digest_file
+from qtool.calibration.tokens import ASSETS, digest_tokens
 from qtool.errors import QtoolError
 from qtool.formats.attention import AttentionRounding
 from qtool.formats.inputs import InputScales
@@ -36,6 +39,7 @@ from qtool.layers.rotated_input import carry_rotation, rotate_input
 from qtool.model.acceleration import Acceleration
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
+from qtool.model.kept import Kept, machine
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
@@ -253,7 +257,10 @@ class ModelHandle:
                 module._buffers[name] = buffer.to(self.device)
         self.calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
+        self._is_whole = False  # transformers has loaded all of it
         self._final: tuple[str, Tensor] | None = None
+        self.kept: Kept | None = None  # set for an original whose results other runs may take up
+        self._digest: str | None = None
 
     # ---- structure ----
 
@@ -356,6 +363,25 @@ class ModelHandle:
                 setattr(self.model.get_submodule(parent), last, separate)
 
     # ---- loading and releasing ----
+
+    def load_by_transformers(self) -> None:
+        """Let transformers load the whole model, with whatever quantizer its config names; blocks then stay in memory.
+
+        For measuring checkpoints that no reader of qtool's decodes: what is quantized in them is not known, only computed.
+        Raises QtoolError with transformers' own reason where it cannot load it.
+        """
+        placed = {"device_map": {"": str(self.device)}} if self.device.type == "cuda" else {}
+        dtype = "auto" if self.options.dtype == "auto" else self.dtype
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=self.options.trust_remote_code, **placed
+            )
+        except (ImportError, ValueError, RuntimeError, OSError) as error:  # a quantizer's package that is not there, mostly
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise QtoolError(f"model: {self.options.path}: transformers cannot load it either: {reason}") from error
+        self.model, self._is_whole = model.eval(), True
+        self.blocks_name, self._skeletons = self._find_blocks()
+        self.calls, self._final = {}, None
 
     def load(self, root: nn.Module, prefix: str, unit: str) -> None:
         """Give every parameter under root its checkpoint value, then apply the unit's changes."""
@@ -472,6 +498,8 @@ class ModelHandle:
 
     def block(self, index: int) -> Block:
         """Load block `index`; `release(index)` lets it go."""
+        if self._is_whole:
+            return Block(self, index, self._skeletons[index], f"{self.blocks_name}.{index}")
         module = copy.deepcopy(self._skeletons[index])
         prefix = f"{self.blocks_name}.{index}."
         self.load(module, prefix, f"block_{index:03d}")
@@ -484,6 +512,8 @@ class ModelHandle:
         return Block(self, index, module, f"{self.blocks_name}.{index}")
 
     def release(self, index: int) -> None:
+        if self._is_whole:
+            return
         self._blocks_list()[index] = self._skeletons[index]
         return_free_memory()
 
@@ -498,6 +528,9 @@ class ModelHandle:
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:
         """Embeddings, last norm and head are in memory inside this context."""
+        if self._is_whole:
+            yield
+            return
         linears = {name: self.model.get_submodule(name) for name in self.linear_names() if not self._in_block(name)}
         before = {name: _get(self.model, name) for name in self.outer_names()}
         try:
@@ -674,11 +707,40 @@ class ModelHandle:
         """The last block's output [samples, length, hidden], block by block; the latest answer is kept."""
         key = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         if self._final is None or self._final[0] != key:
-            hidden = self.embed(tokens)
-            for block in self.blocks():
-                hidden = block.forward(hidden)
-            self._final = (key, hidden)
+            recalled = self._recalled(tokens)
+            self._final = (key, self._computed(tokens) if recalled is None else recalled)
         return self._final[1]
+
+    def _computed(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in self.blocks():
+            hidden = block.forward(hidden)
+        if self.kept is not None:
+            flag = torch.tensor([self._returns_tuple])
+            self.kept.write(self.kept_key("the output of the blocks", digest_tokens(tokens)), {"hidden": hidden, "tuple": flag})
+        return hidden
+
+    def _recalled(self, tokens: Tensor) -> Tensor | None:
+        """What an earlier run kept of these tokens."""
+        if self.kept is None:
+            return None
+        tensors = self.kept.read(self.kept_key("the output of the blocks", digest_tokens(tokens)))
+        if tensors is None:
+            return None
+        self._returns_tuple = bool(tensors["tuple"])  # as embedding would have found
+        return tensors["hidden"]
+
+    def kept_key(self, what: str, inputs: str) -> dict[str, str]:
+        """All that a result of this model, as it is stored, depends on; inputs: a digest of what it was fed."""
+        assert not self.changes, "results are kept of originals alone"
+        if self._digest is None:
+            code = sorted(path for path in self.folder.glob("*.py") if self.options.trust_remote_code)
+            files = [self.folder / "config.json", *code, *self.checkpoint.files]
+            self._digest = hashlib.sha256("".join(digest_file(path) for path in files if path.is_file()).encode()).hexdigest()
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        place = {"device": device, "dtype": str(self.dtype), **machine()}
+        return {"what": what, "model": self._digest, "inputs": inputs, **place, **versions, "qtool": qtool.__version__}
 
     @contextlib.contextmanager
     def _blocks_replaced(self, begin: Any, follow: Any) -> Iterator[None]:

@@ -9,6 +9,7 @@ has no tensor, in the header alone, and so does what an attention rounds, which 
 Files appear whole or not at all: written under a temporary name, flushed, renamed.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -51,7 +52,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be no folder that it could stand in
+            temporary.unlink(missing_ok=True)
         raise QtoolError(f"{path.parent}: cannot write {path.name}: {error}; free space or choose another --out") from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import Recipe, Step
+from qtool.report.gates import read_rows
 
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
@@ -28,6 +30,9 @@ def check_recipe(recipe: Recipe) -> ModelHandle:
         check_step(step, planned, search)
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
+    for gate in recipe.gates:
+        if gate.baseline is not None and gate.metric not in {row["name"] for row in read_rows(Path(gate.baseline.results))}:
+            raise QtoolError(f"gates: {gate.metric}: baseline {gate.baseline.results} has no such metric")
     return model
 
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.calibration.tokens import TextOptions, WrittenOptions, read_tokens
+from qtool.calibration.windows import WindowOptions, read_windows
 from qtool.formats.allocation import SearchOptions, stored_bytes
 from qtool.formats.rotations import LearnedRotations
 from qtool.formats.scheme import SchemeSelection
@@ -76,7 +78,12 @@ def estimate(model: ModelHandle, steps: Sequence[Step], seed: int, export_bytes:
     """The cost of each step, in their order; `export_bytes`: what each export will write."""
     costs = []
     texts = {index: step.options for index, step in enumerate(steps) if isinstance(step.options, TextOptions)}
-    windows = {index: tuple(read_tokens(text, model.tokenizer, seed).shape) for index, text in texts.items()}
+    windows = {index: tuple(windows_of(text, model.tokenizer, seed).shape) for index, text in texts.items()}
+    windows |= {
+        index: (step.options.samples, step.options.length)
+        for index, step in enumerate(steps)
+        if isinstance(step.options, WrittenOptions)
+    }
     calibration = next((shape for index, shape in windows.items() if steps[index].method.kind == "calibrate"), (0, 0))
     for index, step in enumerate(steps):
         sizes = sizes_of(model)
@@ -94,6 +101,11 @@ def estimate(model: ModelHandle, steps: Sequence[Step], seed: int, export_bytes:
         else:
             costs.append(Cost(step.key, 0, IDLE_BYTES, 0))
     return costs
+
+
+def windows_of(text: TextOptions, tokenizer: object, seed: int) -> Tensor:
+    """The tokens [samples, length] that a step reads."""
+    return read_windows(text, tokenizer, seed).tokens if isinstance(text, WindowOptions) else read_tokens(text, tokenizer, seed)
 
 
 def held(sizes: Sizes) -> float:

@@ -3,6 +3,7 @@
     recipe.yaml      the resolved recipe            events.jsonl   one line per event, appended
     state/           fingerprint.json; one folder per step: block files, done.json
     results.json     exports/<format>/              report.html    distributions.json, what the report plots
+    paired.json, evaluations/: what else was measured, see report/results.py
 A step's block file is written whole or not at all; a block whose file stands is done. Activations are not kept: going on
 computes them again through the finished blocks, which gives the same bits.
 """
@@ -37,9 +38,9 @@ class RunFolder:
             (self.path / ".write_test").write_text("")
             (self.path / ".write_test").unlink()
             if fresh:
-                for name in ("state", "exports"):
+                for name in ("state", "exports", "evaluations"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("results.json", "distributions.json", "events.jsonl", "report.html", "recipe.yaml"):
+                for name in ("results.json", "paired.json", "distributions.json", "events.jsonl", "report.html", "recipe.yaml"):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise QtoolError(f"--out: {self.path} cannot be written: {error.strerror}; choose another folder") from error

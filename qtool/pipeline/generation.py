@@ -8,12 +8,12 @@ greedily, and windows begin with the calibration text's tokens instead of one ra
 """
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtool.model.sampling import continued, in_float32
 from qtool.progress import Progress
 
 BEGUN = 16  # tokens of the given text at a window's beginning
@@ -27,19 +27,6 @@ def write_windows(model: PreTrainedModel, tokens: Tensor, count: int, seed: int,
         return _write(model, tokens, count, seed, progress)
 
 
-@contextlib.contextmanager
-def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the parameters are float32, and afterwards what they were: twice as fast on CPUs for a token at a time."""
-    dtypes = [p.dtype for p in model.parameters()]
-    for p in model.parameters():
-        p.data = p.data.float()
-    try:
-        yield
-    finally:
-        for p, dtype in zip(model.parameters(), dtypes, strict=True):
-            p.data = p.data.to(dtype)
-
-
 def _write(model: PreTrainedModel, tokens: Tensor, count: int, seed: int, progress: Progress) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     length = tokens.shape[1]
@@ -49,14 +36,6 @@ def _write(model: PreTrainedModel, tokens: Tensor, count: int, seed: int, progre
         n = min(TOGETHER, count - first)
         rows = torch.randint(len(tokens), (n,), generator=random)
         starts = torch.randint(length - begun + 1, (n, 1), generator=random) + torch.arange(begun)  # [windows, begun]
-        written = tokens[rows.unsqueeze(1), starts]  # [windows, begun]
-        piece, past = written, None
-        while written.shape[1] < length:
-            out = model(piece.to(model.device), past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            p = out.logits[:, -1].float().softmax(-1).cpu()  # [windows, vocab]
-            piece = torch.multinomial(p, 1, generator=random)  # [windows, 1]
-            written = torch.cat([written, piece], dim=1)
-        found.append(written)
+        found.append(continued(model, tokens[rows.unsqueeze(1), starts], length, 1.0, random))
         progress.advance(f"{first + n} of {count} windows written")
     return torch.cat(found)

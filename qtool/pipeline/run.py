@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from qtool.artifact import Artifact, changed_files, write_manifest
@@ -24,6 +25,7 @@ from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.model.acceleration import Acceleration, device_of_runtime
 from qtool.model.handle import ModelHandle
+from qtool.model.kept import kept_results
 from qtool.model.store import LOW_RANK, write_text
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
@@ -38,13 +40,15 @@ from qtool.pipeline.training import run_training
 from qtool.progress import Progress
 from qtool.recipe import CHANGING, Recipe, Step, load
 from qtool.report.card import write_card
+from qtool.report.gates import check_gates
 from qtool.report.html import write_report
-from qtool.report.results import SCHEMA, check_gates, export_row, versions
+from qtool.report.results import SCHEMA, export_row, versions
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
     """Carry out a recipe in the folder `out`; returns what results.json holds."""
     original = check_recipe(recipe)
+    original.kept = kept_results()
     folder = RunFolder(out)
     folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
     write_text(out / "recipe.yaml", recipe.to_yaml())
@@ -170,6 +174,7 @@ class Run:
             for name, model in subjects:
                 found.append(measure(step, name, model, self.original, self.recipe.seed, found[0] if found else None))
                 self.progress.advance(name)
+            tell_of_kept(self.original, self.progress)
             return joined(found)
         return {"exports": [self._export(step)]}
 
@@ -219,7 +224,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Check the gates; write results.json with what stands beside it, and report.html."""
         found = as_results(self.measured)
-        gates = check_gates(self.recipe.gates, found["metrics"])
+        gates = check_gates(self.recipe.gates, joined(list(self.measured.values()))["metrics"])
         results = {
             "schema": SCHEMA,
             "status": "done" if all(gate["passed"] for gate in gates) else "gate-failed",
@@ -278,12 +283,14 @@ def evaluate_target(
     device: str = "auto",
     allow_pickle: bool = False,
     runtime: str = "reference",
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first.
 
     runtime: cpu or cuda, on whose fast products quantized linears run; reference: as in a run.
+    Returns what results.json of a run holds, and writes it with its report into `out`, where that is given.
     """
-    path = Path(target)
+    path, notes = Path(target), list[str]()
     acceleration = None if runtime == "reference" else Acceleration()
     device = device if acceleration is None else device_of_runtime(runtime, device)
     if (path / "state").is_dir():
@@ -291,26 +298,77 @@ def evaluate_target(
         original = ModelHandle(recipe.model.model_copy(update={"device": device}))
         subjects = [("original", original), ("compressed", ModelHandle(original.options, changes, acceleration))]
         seed = recipe.seed
+        facts = describe_model(original, subjects[1][1])
     else:
         options = ModelOptions(path=target, device=device, allow_pickle=allow_pickle)
         original = ModelHandle(options, acceleration=acceleration)
         subjects, seed = [("original", original)], 0
+        facts = describe_checkpoint(original)
+        try:
+            original.schemes()
+        except QtoolError as error:  # a layout, or a part of one, that qtool does not read
+            notes.append(f"{error}; transformers loads the whole model instead")
+            progress.note(notes[0])
+            original.load_by_transformers()
     for step in steps:
         check_step(step, original)
     if acceleration is not None:  # one block tells whether there is anything to measure
         subjects[-1][1].block(0)
         subjects[-1][1].release(0)
         acceleration.require(f"{target} on {device}")
+    else:  # other products give other bits than those that are kept
+        original.kept = kept_results()
     measured: dict[str, Measurement] = {}
+    stages = []
     for index, step in enumerate(steps):
         progress.stage(step.key, len(subjects))
         found: list[Measurement] = []
-        for name, model in subjects:
-            found.append(measure(step, name, model, original, seed, found[0] if found else None))
-            progress.advance(name)
+        with Stage(step.key) as stage:
+            for name, model in subjects:
+                found.append(measure(step, name, model, original, seed, found[0] if found else None))
+                progress.advance(name)
+        tell_of_kept(original, progress)
+        stages.append(stage.facts)
         measured[f"{index:02d}-{step.key.replace('/', '-')}"] = joined(found)
-    fast = [] if acceleration is None else acceleration.lines()
-    return {"schema": SCHEMA, **as_results(measured), "runtime": fast, "versions": versions()}
+    pipeline = [{step.key: step.options.model_dump(mode="json")} for step in steps]
+    results = {
+        "schema": SCHEMA,
+        "status": "done",
+        "digest": hashlib.sha256(json.dumps(pipeline).encode()).hexdigest(),
+        **as_results(measured),
+        "model": {"path": target, "revision": original.revision, **facts},
+        **{name: [] for name in ("blocks", "searches", "exports", "gates")},
+        "stages": stages,
+        "fallbacks": notes,
+        "runtime": [] if acceleration is None else acceleration.lines(),
+        "versions": versions(),
+    }
+    if out is not None:
+        write_beside(out, measured)
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        asked = yaml.safe_dump({"model": target, "pipeline": pipeline}, sort_keys=False, allow_unicode=True)
+        write_report(out / "report.html", results, asked)
+    return results
+
+
+def describe_checkpoint(model: ModelHandle) -> dict[str, Any]:
+    """As `describe_model`, of a checkpoint that any tool wrote: bytes of its files, and bits for each of all parameters."""
+    size = sum(path.stat().st_size for path in model.checkpoint.files)
+    n_parameters = model.n_parameters()
+    return {
+        "parameters": n_parameters,
+        "bytes_original": size,
+        "bytes_compressed": size,
+        "bits_per_weight": 8 * size / n_parameters,
+        "cache": None,
+        "attention": None,
+    }
+
+
+def tell_of_kept(original: ModelHandle, progress: Progress) -> None:
+    """Note what happened to the results that are kept of the original."""
+    while original.kept is not None and original.kept.notes:
+        progress.note(original.kept.notes.pop(0))
 
 
 def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Artifact:

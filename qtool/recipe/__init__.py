@@ -1,7 +1,7 @@
 """Recipe: one strict YAML file for a whole run, read with every problem found at once, each with its file and line.
 
     model: demo | {path, revision, dtype, device, ...}      seed: 0
-    pipeline: [kind/method: {options}, ...]                 gates: {metric: {max, min, max_increase, max_drop}}
+    pipeline: [kind/method: {options}, ...]                 gates: {metric: {max, min, max_increase, max_drop, ...}}
 `extends: other.yaml` (relative to the file) starts from another recipe, and this file wins:
   - under `model` and `gates`, key by key; a model written as one word replaces the other's wholly;
   - in `pipeline`, a step that the other has too changes that step's options, option by option; a new step comes right
@@ -11,6 +11,7 @@ counted from 1), `gates.perplexity={max: 8}`; the value is YAML.
 Why YAML's node tree instead of plain values: nodes carry lines, through `extends` and overrides, up to the message.
 """
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -59,6 +60,24 @@ def _read_limit(value: object) -> float | str:
 Limit = Annotated[float | str, PlainValidator(_read_limit, json_schema_input_type=float | str)]
 
 
+class Baseline(Options):
+    """A stored run, and what a metric of the same subject there must not be left behind by."""
+
+    results: str = Field(description="path of the stored run's results.json; paired.json beside it pairs windows")
+    max_increase: Limit | None = Field(None, description="largest rise above the stored run's; 5% is relative to it")
+    max_drop: Limit | None = Field(None, description="largest fall below the stored run's; 5% is relative to it")
+
+    def limits(self) -> dict[str, float | str]:
+        """Those that are stated."""
+        return self.model_dump(include={"max_increase", "max_drop"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _state_one(self) -> "Baseline":
+        if not self.limits():
+            raise ValueError("states no limit; valid: max_increase, max_drop")
+        return self
+
+
 class Limits(Options):
     """What a metric of the compressed model and of every export must keep to; changes are against the original."""
 
@@ -66,12 +85,22 @@ class Limits(Options):
     min: float | None = Field(None, description="smallest value")
     max_increase: Limit | None = Field(None, description="largest rise above the original; 5% is relative to it")
     max_drop: Limit | None = Field(None, description="largest fall below the original; 5% is relative to it")
+    baseline: Baseline | None = Field(None, description="a stored run to keep up with: {results: PATH, max_increase: 1%}")
+    significance: float | None = Field(
+        None, ge=0, description="fail only beyond what is allowed by more than this many standard errors; null: by anything"
+    )
+    dataset: str | None = Field(None, description="the dataset that counts; null: every one that the metric was measured on")
+    part: str | None = Field(None, description="the part of it that counts, such as `domain: python`; null: the whole")
 
     @model_validator(mode="after")
     def _state_one(self) -> "Limits":
-        if not self.model_dump(exclude_none=True):
-            raise ValueError(f"states no limit; valid: {', '.join(type(self).model_fields)}")
+        if not self.limits() and self.baseline is None:
+            raise ValueError("states no limit; valid: max, min, max_increase, max_drop, baseline")
         return self
+
+    def limits(self) -> dict[str, float | str]:
+        """Those that are stated, but for the baseline's."""
+        return self.model_dump(include={"max", "min", "max_increase", "max_drop"}, exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,16 @@ class Gate:
 
     metric: str
     limits: dict[str, float | str]
+    baseline: Baseline | None = None
+    significance: float | None = None
+    dataset: str | None = None
+    part: str | None = None
+
+    def stated(self) -> dict[str, Any]:
+        """As the recipe states it."""
+        others = {"significance": self.significance, "dataset": self.dataset, "part": self.part}
+        baseline = {} if self.baseline is None else {"baseline": self.baseline.model_dump(exclude_none=True)}
+        return {**self.limits, **baseline, **{name: value for name, value in others.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -108,7 +147,7 @@ class Recipe:
             "model": self.model.model_dump(mode="json"),
             "seed": self.seed,
             "pipeline": [{step.key: step.options.model_dump(mode="json")} for step in self.steps],
-            "gates": {gate.metric: dict(gate.limits) for gate in self.gates},
+            "gates": {gate.metric: gate.stated() for gate in self.gates},
         }
 
     def to_yaml(self) -> str:
@@ -191,10 +230,27 @@ def _build(root: MappingNode | None, overrides: Sequence[str], source: Path | No
     if gates_at is not None and document is not None and document.gates and isinstance(pipeline, SequenceNode):
         if not any((step_key(item) or "").startswith("evaluate/") for item in pipeline.value):
             problems.append((root.value[gates_at][0].start_mark, "gates need an evaluate step; the pipeline has none"))
+        else:
+            problems.extend(_find_unmeasured(root.value[gates_at][1], steps))
     if problems or document is None:
         raise _error(problems)
-    gates = tuple(Gate(metric, limits.model_dump(exclude_none=True)) for metric, limits in document.gates.items())
+    gates = tuple(
+        Gate(metric, limits.limits(), limits.baseline, limits.significance, limits.dataset, limits.part)
+        for metric, limits in document.gates.items()
+    )
     return Recipe(document.model, document.seed, tuple(steps), gates, source)
+
+
+def _find_unmeasured(gates: Node, steps: list[Step]) -> Iterator[Problem]:
+    """Gates on metrics that no evaluate step measures, where every step says what it measures."""
+    measures = [step.method.measures for step in steps if step.method.kind == "evaluate"]
+    if not measures or None in measures or not isinstance(gates, MappingNode):
+        return
+    patterns = [pattern for names in measures for pattern in names or ()]
+    for key, _ in gates.value:
+        if not any(fnmatch.fnmatchcase(key.value, pattern) for pattern in patterns):
+            known = [pattern for pattern in patterns if "*" not in pattern]
+            yield key.start_mark, f'gates: no evaluate step measures "{key.value}"{nearest(key.value, known or patterns)}'
 
 
 def _check_steps(items: list[Node], problems: Problems) -> list[Step]:

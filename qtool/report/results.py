@@ -29,7 +29,6 @@ from operator import itemgetter
 from typing import Any
 
 from qtool.artifact import Artifact, Metric
-from qtool.errors import QtoolError
 from qtool.linalg.contributions import difference_error, is_significant
 
 SCHEMA = 1
@@ -113,41 +112,3 @@ def parameters_in_words(model: dict[str, Any]) -> str:
     before = model["parameters"]
     after = model.get("parameters_compressed", before)
     return ("" if after == before else f"{before / 1e6:,.1f} → ") + f"{after / 1e6:,.1f} M parameters"
-
-
-def check_gates(gates: Any, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every limit of every gate against every changed subject: {metric, subject, limit, allowed, value, passed}."""
-    rows = []
-    for gate in gates:
-        named = [row for row in metrics if row["name"] == gate.metric]
-        if not named:
-            known = ", ".join(sorted({row["name"] for row in metrics})) or "none"
-            raise QtoolError(f'gates: no evaluate step measured "{gate.metric}"; measured: {known}')
-        originals = {row["dataset"]: row["value"] for row in named if row["subject"] == "original"}
-        for row in named:
-            if row["subject"] == "original":
-                continue
-            for limit, stated in gate.limits.items():
-                before = originals.get(row["dataset"])
-                allowed = _allowed(limit, stated, before)
-                passed = row["value"] >= allowed if limit in ("min", "max_drop") else row["value"] <= allowed
-                rows.append(
-                    {
-                        "metric": gate.metric,
-                        "subject": row["subject"],
-                        "limit": f"{limit}: {stated}",
-                        "allowed": allowed,
-                        "value": row["value"],
-                        "passed": passed,
-                    }
-                )
-    return rows
-
-
-def _allowed(limit: str, stated: float | str, before: float | None) -> float:
-    """The smallest or largest value that a limit lets pass."""
-    if limit in ("max", "min"):
-        return float(stated)
-    assert before is not None, "relative limits compare with the original, which every evaluate step measures"
-    amount = before * float(stated[:-1]) / 100 if isinstance(stated, str) else float(stated)
-    return before + amount if limit == "max_increase" else before - amount

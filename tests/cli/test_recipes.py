@@ -27,6 +27,8 @@ def smaller(path: Path) -> list[str]:
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
             fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2, "candidates": 1}
+            if step.method.kind in ("calibrate", "evaluate"):  # four samples: one for a weight of 1 in 4
+                fewer |= {"samples": 4, "length": 32, "candidates": 8, "bins": 2, "tokens": 5}
             stated = step.options.model_dump()
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(stated.get(name)) is int]
         if step.key in SLOW:
@@ -44,4 +46,5 @@ def test_a_recipe_runs_to_the_end(path: Path, tmp_path: Path) -> None:
     steps = [step.key for step in load(path).steps]
     assert [stage["name"] for stage in results["stages"]][: len(steps)] == steps
     assert {row["subject"] for row in results["metrics"]} >= {"original", "compressed"}
+    assert sum(map(len, (sample["texts"] for sample in results["samples"]))) == 4 * ("evaluate/generation" in steps)
     assert len(results["exports"]) == sum(key.startswith("export/") for key in steps)

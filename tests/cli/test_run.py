@@ -1,12 +1,16 @@
 """qtool as a real process: exit codes, streams, going on after Ctrl-C; and eval and export of a finished run."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from qtool.cli.main import app
@@ -83,6 +87,23 @@ def test_a_failed_gate_exits_3_and_names_the_gate(folder: Path) -> None:
     assert json.loads((folder / "runs" / "strict" / "results.json").read_text())["status"] == "gate-failed"
 
 
+def test_a_failed_gate_leaves_junit_markdown_and_annotations(folder: Path) -> None:
+    baseline = {"results": str(folder / "out" / "results.json"), "max_increase": "0%"}
+    (folder / "keeps.yaml").write_text(
+        f"extends: r.yaml\ngates:\n  perplexity: {{significance: 2, max: 1, baseline: {json.dumps(baseline)}}}\n"
+    )
+    wanted = ("--junit", "ci/junit.xml", "--markdown", "ci/summary.md", "--github", "--json")
+    code, out, err = call(folder, "run", "keeps.yaml", *wanted)
+    assert code == 3, err
+    gates = json.loads(out)["gates"]
+    kept = [gate["passed"] for gate in gates if gate["limit"] == "max_increase: 0%"]
+    assert kept == [True, True]  # the compressed model and the export are those of the stored run
+    failures = ElementTree.parse(folder / "ci" / "junit.xml").getroot().findall(".//failure")
+    assert len(failures) == sum(not gate["passed"] for gate in gates) == 2
+    assert "2 of 6 gates failed" in (folder / "ci" / "summary.md").read_text()
+    assert sum(line.startswith("::error title=gate perplexity max%3A 1.0") for line in err.splitlines()) == 2
+
+
 # ---- inside this process, which has imported torch already ----
 
 
@@ -144,3 +165,32 @@ def test_export_writes_another_format_of_a_finished_run(folder: Path) -> None:
     assert written.exit_code == 0, written.stderr
     assert "exactly the run's weights" in written.stdout
     assert (folder / "packed" / "config.json").is_file()
+
+
+def test_eval_measures_what_transformers_loads_and_qtool_does_not_read(folder: Path, tmp_path: Path) -> None:
+    """An export whose columns are told to be reordered, in no order: qtool reads no such checkpoint."""
+    written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", tmp_path / "plain")
+    assert written.exit_code == 0, written.stderr
+    shutil.copytree(tmp_path / "plain", tmp_path / "reordered")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (tmp_path / "reordered" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_shape")]:
+        n_in = int(tensors[name][1])
+        tensors[name.replace("weight_shape", "weight_g_idx")] = torch.arange(n_in, dtype=torch.int32) // 128
+    save_file(tensors, tmp_path / "reordered" / "model.safetensors", {"format": "pt"})
+    found = {}
+    for name in ("plain", "reordered"):
+        windows = ("--source", "demo:test", "--length", "32", "--samples", "2")
+        measured = invoke("eval", tmp_path / name, *windows, "--json", "--out", tmp_path / f"of-{name}")
+        assert measured.exit_code == 0, measured.stderr
+        found[name] = json.loads(measured.stdout)
+        assert json.loads((tmp_path / f"of-{name}" / "results.json").read_text()) == found[name]
+        assert (tmp_path / f"of-{name}" / "report.html").is_file() and (tmp_path / f"of-{name}" / "paired.json").is_file()
+    assert found["plain"]["fallbacks"] == []
+    (fallback,) = found["reordered"]["fallbacks"]
+    assert "cannot be read" in fallback and "transformers loads the whole model instead" in fallback
+    values = [results["metrics"][0]["value"] for results in found.values()]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)  # bfloat16, decoded once and for all there, on the fly here
+    assert set(found["plain"]) - {"runtime"} == set(json.loads((folder / "out" / "results.json").read_text()))

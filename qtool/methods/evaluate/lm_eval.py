@@ -1,7 +1,11 @@
 """Tasks of the lm-evaluation-harness, run on the model in memory through lm-eval's Python API.
 
-Every task that lm-eval knows by name, every task in a local folder, and `demo_cloze`, which comes with the demo model
-and needs no network. One metric for each of a task's: `demo_cloze/acc`, with the standard error that lm-eval states.
+Every task, group and tag that lm-eval knows by name, every task in a local folder, and `demo_cloze`, which comes with the demo
+model and needs no network. One metric for each of a task's: `demo_cloze/acc`, with the standard error that lm-eval states.
+Where a metric is the mean over documents, so is a group's, each document's figure pairs it with the original's: the change
+has the standard error of the mean of differences, which a bootstrap over documents converges to.
+What lm-eval returns is written as it would write it: evaluations/STEP/SUBJECT-results.json, and its samples where asked for.
+Answers of the original are kept on disk by the requests' text (model/kept.py), so that the next recipe asks it nothing.
 Source: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
 For: what the model can do, in numbers that others know.
 Costs: a pass for every answer of every document: minutes to hours.
@@ -10,49 +14,65 @@ Costs: a pass for every answer of every document: minutes to hours.
 import contextlib
 import copy
 import difflib
+import functools
+import hashlib
+import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from qtool.artifact import Metric
+from qtool.artifact import Metric, Record
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
+from qtool.model.kept import pack_text, unpack_text
 from qtool.options import Options
 from qtool.registry import Method
 
 UNITS = {"word_perplexity": "ppl", "byte_perplexity": "ppl", "perplexity": "ppl", "bits_per_byte": "bits/byte"}
+ANSWERS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 class LmEvalOptions(Options):
-    """Which tasks, and how much of them."""
+    """Which tasks, how much of them, and how they are put to the model."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="names of lm-eval tasks, groups or tags, or demo_cloze")
     include_path: tuple[str, ...] = Field((), description="local folders with tasks of your own (lm-eval's YAML files)")
     limit: int | None = Field(None, ge=1, description="items of each task; null: all")
     num_fewshot: int | None = Field(None, ge=0, description="solved examples before each item; null: as the task says")
     batch_size: int = Field(8, ge=1, description="requests in one forward")
+    apply_chat_template: bool = Field(False, description="put each item through the tokenizer's chat template")
+    fewshot_as_multiturn: bool = Field(True, description="with a chat template: each solved example is a turn of its own")
+    system_instruction: str | None = Field(None, description="what stands before each item, as the system's message")
+    log_samples: bool = Field(False, description="write every document with the model's answers too")
 
 
-def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, seed: int) -> list[Metric]:
+def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, seed: int) -> list[Metric | Record]:
     """Every metric of every task; raises QtoolError for a task that does not exist or whose data cannot be had."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import handle_non_serializable
 
     manager = find_tasks(options)
     with silenced(), model.materialized() as module:
+        # A copy of the tokenizer, because lm-eval gives it a padding token where it has none.
+        lm = HFLM(pretrained=module, tokenizer=copy.deepcopy(model.tokenizer), batch_size=options.batch_size)
+        recall_answers(lm, model)
         try:
             answer = simple_evaluate(
-                # A copy of the tokenizer, because lm-eval gives it a padding token where it has none.
-                HFLM(pretrained=module, tokenizer=copy.deepcopy(model.tokenizer), batch_size=options.batch_size),
+                lm,
                 tasks=list(options.tasks),
                 task_manager=manager,
                 limit=options.limit,
                 num_fewshot=options.num_fewshot,
-                log_samples=False,
+                apply_chat_template=options.apply_chat_template,
+                fewshot_as_multiturn=options.fewshot_as_multiturn and options.apply_chat_template,
+                system_instruction=options.system_instruction,
+                log_samples=True,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
@@ -61,11 +81,43 @@ def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, 
         except (OSError, ValueError) as error:  # no network and no cache, or a task that this model cannot take
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise QtoolError(f"evaluate/lm_eval: {', '.join(options.tasks)}: {reason}") from error
-    return [metric for task, results in answer["results"].items() for metric in read_metrics(task, results)]
+    samples = answer.pop("samples")
+    found: list[Metric | Record] = []
+    for task, results in answer["results"].items():
+        scores = document_scores(samples, subtasks_of(task, answer.get("group_subtasks", {})))
+        found += read_metrics(task, results, scores, answer.get("higher_is_better", {}).get(task, {}))
+
+    def written(value: object) -> str:
+        return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)
+
+    found.append(Record("results.json", written(answer) + "\n"))
+    for task, rows in samples.items() if options.log_samples else ():
+        found.append(Record(f"samples_{task}.jsonl", "".join(written(row) + "\n" for row in rows)))
+    return found
+
+
+def recall_answers(lm: Any, model: ModelHandle) -> None:
+    """Let an HFLM take up the answers that an earlier run kept of this model, to the same requests; it keeps those it gives."""
+    if (kept := model.kept) is None:
+        return
+
+    def recalled(kind: str, compute: Any, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        asked = json.dumps([kind, [request.args for request in requests], lm.batch_size], default=str)
+        key = model.kept_key("lm-eval's answers", hashlib.sha256(asked.encode()).hexdigest())
+        if '"do_sample": true' not in asked and (stored := kept.read(key)) is not None:
+            return [tuple(one) if isinstance(one, list) else one for one in json.loads(unpack_text(stored))]
+        answers = compute(requests, disable_tqdm=disable_tqdm)
+        kept.write(key, pack_text(json.dumps(answers)))
+        return list(answers)
+
+    for kind in ANSWERS:
+        setattr(lm, kind, functools.partial(recalled, kind, getattr(lm, kind)))
 
 
 def check_tasks(model: ModelHandle, options: LmEvalOptions) -> None:
-    """Raise QtoolError for a task that does not exist, before any work."""
+    """Raise QtoolError for a task that does not exist, or a chat template that the tokenizer has not, before any work."""
+    if options.apply_chat_template and not model.tokenizer.chat_template:
+        raise QtoolError("evaluate/lm_eval: apply_chat_template: the tokenizer has no chat template; leave it false")
     find_tasks(options)
 
 
@@ -73,8 +125,7 @@ def find_tasks(options: LmEvalOptions) -> Any:
     """lm-eval's TaskManager; its own thousands of tasks are looked through only where a name asks for one of them."""
     from lm_eval.tasks import TaskManager
 
-    missing = [folder for folder in options.include_path if not Path(folder).is_dir()]
-    if missing:
+    if missing := [folder for folder in options.include_path if not Path(folder).is_dir()]:
         raise QtoolError(f"evaluate/lm_eval: include_path: the folder {missing[0]} does not exist")
     folders = [str(ASSETS / "demo" / "tasks"), *options.include_path]
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -88,8 +139,28 @@ def find_tasks(options: LmEvalOptions) -> Any:
     return manager
 
 
-def read_metrics(task: str, results: dict[str, Any]) -> list[Metric]:
-    """Metrics of one task from lm-eval's {"acc,none": ..., "acc_stderr,none": ...}: metric, comma, filter."""
+def subtasks_of(name: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks that a group stands for, through groups of groups; a task stands for itself."""
+    return [task for member in members[name] for task in subtasks_of(member, members)] if members.get(name) else [name]
+
+
+def document_scores(samples: dict[str, list[dict[str, Any]]], tasks: list[str]) -> dict[str, list[float]]:
+    """`metric,filter`: its figure for every document of the tasks, where each has one number."""
+    found: dict[str, list[float]] = {}
+    for row in (row for task in tasks for row in samples.get(task, [])):
+        for name in row["metrics"]:
+            if isinstance(row[name], (bool, int, float)):
+                found.setdefault(f"{name},{row['filter']}", []).append(float(row[name]))
+    return found
+
+
+def read_metrics(
+    task: str, results: dict[str, Any], scores: dict[str, list[float]], directions: dict[str, bool]
+) -> list[Metric]:
+    """Metrics of one task from lm-eval's {"acc,none": ..., "acc_stderr,none": ...}: metric, comma, filter.
+
+    The scores of documents stand for a metric where it is their mean, which they are then compared by.
+    """
     metrics = []
     for key, value in results.items():
         name, comma, filter_name = key.partition(",")
@@ -98,7 +169,10 @@ def read_metrics(task: str, results: dict[str, Any]) -> list[Metric]:
         stderr = results.get(f"{name}_stderr,{filter_name}")
         shown = f"{task}/{name}" if filter_name == "none" else f"{task}/{name}/{filter_name}"
         error = float(stderr) if isinstance(stderr, (int, float)) else None
-        metrics.append(Metric(shown, task, float(value), UNITS.get(name, "fraction"), error))
+        parts = scores.get(key, [])
+        is_mean = bool(parts) and math.isclose(math.fsum(parts) / len(parts), value, rel_tol=1e-9, abs_tol=1e-12)
+        unit, better = UNITS.get(name, "fraction"), directions.get(name)
+        metrics.append(Metric(shown, task, float(value), unit, error, None, better, tuple(parts) if is_mean else None))
     return metrics
 
 
@@ -122,4 +196,4 @@ def silenced() -> Iterator[None]:
         logger.setLevel(level)
 
 
-METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks)
+METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks, measures=("*/*",))

@@ -1,5 +1,6 @@
 """lm-eval: its score of demo_cloze is the one counted by hand; local tasks; mistyped names; nothing is left behind."""
 
+import json
 import logging
 import socket
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qtool.artifact import Metric, Record
 from qtool.assets.demo.tasks import demo_cloze
 from qtool.errors import QtoolError
 from qtool.methods.evaluate.lm_eval import METHOD, LmEvalOptions, lm_eval, read_metrics
 from qtool.model.handle import ModelHandle
+from qtool.model.kept import Kept
 from qtool.options import ModelOptions
 
 DEMO = ModelOptions(path="demo")
@@ -60,9 +63,13 @@ def score_by_hand(count: int) -> float:
 
 def test_demo_cloze_scores_as_counted_by_hand_and_needs_no_network(no_network: None) -> None:
     model = ModelHandle(DEMO)
-    metrics = lm_eval(model, model, LmEvalOptions(tasks=("demo_cloze",), limit=12), seed=0)
+    *metrics, record = lm_eval(model, model, LmEvalOptions(tasks=("demo_cloze",), limit=12), seed=0)
+    assert isinstance(record, Record) and all(isinstance(metric, Metric) for metric in metrics)
     assert [metric.name for metric in metrics] == ["demo_cloze/acc", "demo_cloze/acc_norm"]
     accuracy = metrics[0]
+    assert accuracy.higher_is_better is True and accuracy.parts is not None
+    assert set(accuracy.parts) <= {0.0, 1.0} and sum(accuracy.parts) / 12 == pytest.approx(accuracy.value)
+    assert json.loads(record.text)["results"]["demo_cloze"]["acc,none"] == accuracy.value  # as lm-eval's own files have it
     assert (accuracy.dataset, accuracy.unit) == ("demo_cloze", "fraction")
     assert accuracy.value == pytest.approx(score_by_hand(12))
     p = accuracy.value  # the standard error of a share, with n - 1
@@ -90,7 +97,8 @@ def test_a_task_from_a_local_folder_runs(tmp_path: Path, no_network: None) -> No
     (tmp_path / "my_task.py").write_text(LOADER)
     model = ModelHandle(DEMO)
     options = LmEvalOptions(tasks=("my_task",), include_path=(str(tmp_path),), batch_size=2, num_fewshot=0)
-    [metric] = lm_eval(model, model, options, seed=0)
+    [metric, record] = lm_eval(model, model, options, seed=0)
+    assert isinstance(metric, Metric) and isinstance(record, Record)
     assert (metric.name, metric.value) == ("my_task/acc", 1.0)
 
 
@@ -135,9 +143,58 @@ def test_every_filter_of_a_metric_is_told_apart() -> None:
         "alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1,
         "exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": "N/A", "word_perplexity,none": 9.0,
     }  # fmt: skip
-    found = [(metric.name, metric.value, metric.unit, metric.stderr) for metric in read_metrics("gsm8k", results)]
+    found = [(metric.name, metric.value, metric.unit, metric.stderr) for metric in read_metrics("gsm8k", results, {}, {})]
     assert found == [
         ("gsm8k/exact_match/strict-match", 0.5, "fraction", 0.1),
         ("gsm8k/exact_match/flexible-extract", 0.75, "fraction", None),
         ("gsm8k/word_perplexity", 9.0, "ppl", None),
     ]
+
+
+GROUP = "group: both\ntask: [my_task, other_task]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+
+
+def test_a_group_has_its_mean_its_members_and_the_documents_of_both(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "my_task.yaml").write_text(TASK)
+    (tmp_path / "other.yaml").write_text(TASK.replace("my_task.load", "other.load").replace("my_task", "other_task"))
+    (tmp_path / "my_task.py").write_text(LOADER)
+    (tmp_path / "other.py").write_text(LOADER.replace('"answer": 0}] * 3', '"answer": 1}] * 2'))
+    (tmp_path / "both.yaml").write_text(GROUP)
+    model = ModelHandle(DEMO)
+    options = LmEvalOptions(tasks=("both",), include_path=(str(tmp_path),), num_fewshot=0, log_samples=True)
+    found = lm_eval(model, model, options, seed=0)
+    metrics = {one.name: one for one in found if isinstance(one, Metric)}
+    assert {name: one.value for name, one in metrics.items()} == {"both/acc": 0.6, "my_task/acc": 1.0, "other_task/acc": 0.0}
+    assert metrics["both/acc"].parts == (1.0, 1.0, 1.0, 0.0, 0.0)
+    assert [one.name for one in found if isinstance(one, Record)] == [
+        "results.json", "samples_my_task.jsonl", "samples_other_task.jsonl",
+    ]  # fmt: skip
+
+
+def test_answers_are_kept_by_the_text_of_the_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = LmEvalOptions(tasks=("demo_cloze",), limit=3)
+
+    def measured() -> list[Metric]:
+        model = ModelHandle(DEMO)
+        model.kept = Kept(tmp_path / "kept", 2**30)
+        found = lm_eval(model, model, options, seed=0)
+        assert model.kept.notes == []
+        return [one for one in found if isinstance(one, Metric)]
+
+    first = measured()
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM._model_call", None)  # the model cannot be asked again
+    assert measured() == first
+    options = options.model_copy(update={"limit": 4})
+    with pytest.raises(TypeError):
+        measured()
+
+
+def test_a_chat_template_that_is_not_there_is_refused() -> None:
+    assert METHOD.check is not None
+    with pytest.raises(QtoolError, match="apply_chat_template: the tokenizer has no chat template"):
+        METHOD.check(ModelHandle(DEMO), LmEvalOptions(tasks=("demo_cloze",), apply_chat_template=True))
+
+
+def test_a_mean_that_documents_do_not_give_is_not_paired() -> None:
+    [metric] = read_metrics("t", {"f1,none": 0.4}, {"f1,none": [0.0, 1.0]}, {"f1": True})
+    assert metric.parts is None and metric.higher_is_better is True

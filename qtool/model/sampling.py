@@ -1,0 +1,41 @@
+"""Text that a model writes itself: windows begun with given tokens, continued token by token.
+
+    x_t ~ softmax(logits_t / T)    t from the given tokens' end to length - 1; T = 0 takes the likeliest
+Source: Ackley, Hinton, Sejnowski 1985, Cognitive Science 9, 147 (temperature).
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, begun: Tensor, length: int, temperature: float, random: torch.Generator) -> Tensor:
+    """Windows [windows, length], begun with tokens [windows, begun], each token drawn by itself from what stands before it."""
+    written, piece, past = begun, begun, None
+    while written.shape[1] < length:
+        out = model(piece.to(model.device), past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        logits = out.logits[:, -1].float().cpu()  # [windows, vocab]
+        if temperature == 0:
+            piece = logits.argmax(-1, keepdim=True)  # [windows, 1]
+        else:
+            piece = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)  # [windows, 1]
+        written = torch.cat([written, piece], dim=1)
+    return written
+
+
+@contextlib.contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the parameters are float32, and afterwards what they were: twice as fast on CPUs for a token at a time."""
+    dtypes = [p.dtype for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in zip(model.parameters(), dtypes, strict=True):
+            p.data = p.data.to(dtype)

@@ -1,0 +1,140 @@
+"""Gates: what metrics must keep to, absolutely, against the original, or against a stored run.
+
+A row of `gates` in results.json, for each limit of each gate and each changed subject:
+    {metric, dataset, part, subject, against, limit, allowed, value, significance, margin_stderr, is_paired, passed}
+    against: `original`, the path of the baseline's results.json, or null for an absolute limit
+With `significance: k` a gate fails only where the value is beyond what is allowed by more than k standard errors of
+    value - allowed = θ - θ_allowed          of an absolute limit
+    value - allowed = θ - (1 + p) θ_before   of a relative one, p its percentage or zero
+which pairs windows and documents where both measured the same ones, and adds squares where not (`is_paired` false).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import QtoolError, nearest
+from qtool.linalg.contributions import difference_error
+from qtool.recipe import Gate
+
+Row = dict[str, Any]
+
+
+def check_gates(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Row]:
+    """Every limit of every gate against every changed subject; raises QtoolError for a metric that nothing measured.
+
+    rows: all that was measured, with parts.
+    """
+    return [found for gate in gates for found in _check(gate, rows)]
+
+
+def _check(gate: Gate, rows: Sequence[Row]) -> Iterator[Row]:
+    measured = [row for row in rows if row["name"] == gate.metric and row["part"] == gate.part]
+    chosen = [row for row in measured if gate.dataset in (None, row["dataset"])]
+    if not chosen:
+        raise QtoolError(f"gates: {gate.metric}: {_what_is_there(gate, rows)}")
+    changed = [row for row in chosen if row["subject"] != "original"]
+    if not changed:
+        raise QtoolError(f"gates: {gate.metric}: only the original has it, and nothing changed the model; gates judge changes")
+    originals = {row["dataset"]: row for row in chosen if row["subject"] == "original"}
+    for row in changed:
+        for limit, stated in gate.limits.items():
+            before = None
+            if limit not in ("max", "min"):
+                before = originals.get(row["dataset"])
+                if before is None:
+                    raise QtoolError(f"gates: {gate.metric}: {limit}: the original has none; use max or min")
+            yield _judge(gate, row, limit, stated, before, "original" if before else None)
+        if gate.baseline is not None:
+            before = find_baseline(gate, row["subject"], row["dataset"])
+            for limit, stated in gate.baseline.limits().items():
+                yield _judge(gate, row, limit, stated, before, gate.baseline.results)
+
+
+def _judge(gate: Gate, row: Row, limit: str, stated: float | str, before: Row | None, against: str | None) -> Row:
+    sign = -1.0 if limit in ("min", "max_drop") else 1.0  # what is too small, or too large
+    error: float | None = row["stderr"]
+    is_paired: bool | None = None
+    if before is None:
+        allowed = float(stated)
+    else:
+        percent = float(stated[:-1]) / 100 if isinstance(stated, str) else 0.0
+        factor = 1 + sign * percent
+        allowed = before["value"] * factor + (0.0 if isinstance(stated, str) else sign * float(stated))
+        if before["value"] < 0 and percent:
+            raise QtoolError(f"gates: {gate.metric}: a percentage of {before['value']:.4g} says nothing; state a number")
+        own, other = row["parts"], before["parts"]
+        is_paired = own is not None and other is not None and len(own) == len(other)
+        if is_paired:
+            error = difference_error(own, other, factor)
+        else:
+            both = (row["stderr"], before["stderr"])
+            error = None if None in both else math.hypot(both[0], factor * both[1])
+    if gate.significance is not None and error is None:
+        raise QtoolError(
+            f"gates: {gate.metric} has no standard error (one window, or a metric without), so that significance cannot be "
+            "judged; measure more, or leave significance away"
+        )
+    excess = sign * (row["value"] - allowed)
+    return {
+        "metric": gate.metric,
+        "dataset": row["dataset"],
+        "part": gate.part,
+        "subject": row["subject"],
+        "against": against,
+        "limit": f"{limit}: {stated}",
+        "allowed": allowed,
+        "value": row["value"],
+        "significance": gate.significance,
+        "margin_stderr": error,
+        "is_paired": is_paired,
+        "passed": excess <= (gate.significance or 0.0) * (error or 0.0),  # a value that is no number does not pass
+    }
+
+
+def find_baseline(gate: Gate, subject: str, dataset: str) -> Row:
+    """The baseline's row of a gate's metric, with its parts where paired.json has them; raises QtoolError where it has none."""
+    assert gate.baseline is not None, "a gate with a baseline"
+    path = Path(gate.baseline.results)
+    rows = [row for row in read_rows(path) if row["name"] == gate.metric and row.get("part") == gate.part]
+    found = [row for row in rows if (row["subject"], row["dataset"]) == (subject, dataset)]
+    if not found:
+        there = sorted({f"{row['subject']} on {row['dataset']}" for row in rows}) or ["nothing of that name"]
+        raise QtoolError(f"gates: {gate.metric}: baseline {path} has none of {subject} on {dataset}; it has {', '.join(there)}")
+    parts = None
+    paired = path.with_name("paired.json")
+    if gate.part is None and paired.is_file():
+        key = {"name": gate.metric, "dataset": dataset, "subject": subject}
+        entries = (entry for entry in _read_json(paired) if {name: entry[name] for name in key} == key)
+        parts = next((entry["parts"] for entry in entries), None)
+    return found[0] | {"parts": parts}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """`metrics` and `breakdown` of a results.json; raises QtoolError where it is none."""
+    if not path.is_file():
+        raise QtoolError(f"gates: baseline: the file {path} does not exist; name the results.json of a finished run")
+    results = _read_json(path)
+    if not isinstance(results, dict) or "metrics" not in results or results.get("schema") != 1:
+        raise QtoolError(f"gates: baseline: {path} is no results.json of schema 1; name that of a finished run")
+    return [*results["metrics"], *results.get("breakdown", [])]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QtoolError(f"gates: baseline: {path} is no valid JSON: {error}") from error
+
+
+def _what_is_there(gate: Gate, rows: Sequence[Row]) -> str:
+    """Why nothing fits a gate, and what does."""
+    named = [row for row in rows if row["name"] == gate.metric]
+    if not named:
+        return f"no evaluate step measured it{nearest(gate.metric, {row['name'] for row in rows}) if rows else ''}"
+    if gate.part is not None and not any(row["part"] == gate.part for row in named):
+        parts = {row["part"] for row in named if row["part"] is not None}
+        return f'part "{gate.part}" was not measured' + (nearest(gate.part, parts) if parts else "; the metric has no parts")
+    return f'it was not measured on "{gate.dataset}"{nearest(str(gate.dataset), {row["dataset"] for row in named})}'
