@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool import laws, registry
 from qtool.artifact import Metric
 from qtool.calibration.statistics import LayerStats
+from qtool.calibration.tokens import WrittenOptions
 from qtool.formats.allocation import Problem, SearchOptions
 from qtool.formats.attention import AttentionRounding
 from qtool.formats.kivi import KiviScheme
@@ -35,7 +36,7 @@ def test_a_registered_method_satisfies_the_laws_of_its_kind(key: str, law: str) 
     registry.laws(key)[law]()
 
 
-@pytest.mark.parametrize("kind", ["transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export"])
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_method_that_changes_or_judges_a_model_has_laws(kind: str) -> None:
     keys = [key for key in registry.list_methods() if key.startswith(f"{kind}/")]
     assert keys and all(registry.laws(key) for key in keys)
@@ -265,6 +266,31 @@ BROKEN_ON_MODELS = [
 def test_a_law_catches_a_broken_method_on_a_model(kind: str, scope: Scope, run: Callable[..., object], law: str) -> None:
     with pytest.raises(AssertionError):
         laws.of(Method(run=run, options=Options, scope=scope, key=f"{kind}/broken"))[law]()
+
+
+def one_window_short(model: ModelHandle, options: WrittenOptions, seed: int) -> Tensor:
+    return torch.zeros(options.samples - 1, options.length, dtype=torch.int64)
+
+
+def by_no_seed(model: ModelHandle, options: WrittenOptions, seed: int) -> Tensor:
+    return torch.randint(4096, (options.samples, options.length))
+
+
+@pytest.mark.parametrize(
+    ("run", "law"), [(one_window_short, "calibrating_gives_the_windows_asked_for"), (by_no_seed, "calibrating_repeats")]
+)
+def test_the_laws_of_calibrating_catch_a_broken_member(run: Callable[..., Tensor], law: str) -> None:
+    with pytest.raises(AssertionError):
+        laws.of(Method(run=run, options=WrittenOptions, scope="model", key="calibrate/broken"))[law]()
+
+
+def test_a_metric_that_was_not_told_of_is_caught() -> None:
+    def run(model: ModelHandle, reference: ModelHandle, options: Options, seed: int) -> list[Metric]:
+        return [Metric("other", "none", 1.0, "ppl")]
+
+    method = Method(run=run, options=Options, scope="model", key="evaluate/broken", measures=("perplexity",))
+    with pytest.raises(AssertionError, match="other is not among what the method says it measures"):
+        laws.of(method)["evaluating_repeats"]()
 
 
 # ---- the cache: keys and values, kept ----

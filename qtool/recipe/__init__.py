@@ -230,7 +230,7 @@ def _build(root: MappingNode | None, overrides: Sequence[str], source: Path | No
     if gates_at is not None and document is not None and document.gates and isinstance(pipeline, SequenceNode):
         if not any((step_key(item) or "").startswith("evaluate/") for item in pipeline.value):
             problems.append((root.value[gates_at][0].start_mark, "gates need an evaluate step; the pipeline has none"))
-        else:
+        elif not problems:  # a step that is wrong would be missed here once more
             problems.extend(_find_unmeasured(root.value[gates_at][1], steps))
     if problems or document is None:
         raise _error(problems)

@@ -76,3 +76,13 @@ def test_metrics_stand_by_subject_with_their_standard_error(capsys: pytest.Captu
     assert perplexity.index("8.25 ± 0.125") < perplexity.index("9 ± 0.125")
     (kl,) = [line for line in lines if "kl_divergence" in line]
     assert "0.5" in kl and "±" not in kl
+
+
+def test_a_change_says_how_sure_it_is_or_that_it_is_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"name": "perplexity", "dataset": "demo:test", "unit": "ppl", "stderr": 0.125}
+    before = row | {"subject": "original", "value": 8.25, "difference": None, "difference_stderr": None, "is_significant": None}
+    after = row | {"subject": "compressed", "value": 9.0, "difference": 0.75, "difference_stderr": 0.01, "is_significant": True}
+    same = after | {"subject": "export:gguf", "value": 8.26, "difference": 0.01, "is_significant": False}
+    print_metrics([before, after, same])
+    (change,) = [line for line in capsys.readouterr().out.splitlines() if "change from the original" in line]
+    assert change.index("+0.75 ± 0.01") < change.index("no significant change")

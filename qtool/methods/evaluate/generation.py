@@ -5,23 +5,22 @@
 Greedy, so that the texts of original and compressed model differ only where their likeliest tokens do; they stand side by
 side in the report. Speed is that of the model as it runs here, in PyTorch, with quantized layers decoded on the fly: it
 tells of this machine and qtool's own layers, not of the runtime that will serve an export.
-Source: transformers' generate, https://huggingface.co/docs/transformers/main_classes/text_generation, greedy decoding.
+Source: greedy decoding, as transformers' generate does it, https://huggingface.co/docs/transformers/main_classes/text_generation
 For: reading what compression did, and whether qtool.load is fast enough for what you do with it.
 Costs: the whole model in memory, and a pass for every written token.
 """
 
 import time
-from typing import cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from qtool.artifact import Metric, Sample, mean_metric
 from qtool.calibration.tokens import TextOptions, read_tokens
 from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
+from qtool.model.sampling import continued
 from qtool.registry import Method
 
 
@@ -41,10 +40,17 @@ def generation(model: ModelHandle, reference: ModelHandle, options: GenerationOp
     with model.materialized() as module:
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
-        write(module, prompts[:1], 2, model.device)  # the first call of all also loads libraries
+
+        def write(prompt: Tensor, n_tokens: int) -> tuple[Tensor, float]:
+            """The likeliest tokens [tokens] after a prompt [1, length], whether or not one ends the text, and their seconds."""
+            begun = time.perf_counter()
+            windows = continued(module, prompt, options.length + n_tokens, 0.0, torch.Generator())  # [1, length + tokens]
+            return windows[0, options.length :], time.perf_counter() - begun
+
+        write(prompts[:1], 2)  # the first call of all also loads libraries
         for prompt in prompts.split(1):
-            _, first = timed(module, prompt, 1, model.device)
-            written, whole = timed(module, prompt, options.tokens, model.device)
+            _, first = write(prompt, 1)
+            written, whole = write(prompt, options.tokens)
             firsts.append(first)
             rates.append((options.tokens - 1) / max(whole - first, 1e-9))
             asked, answer = (str(model.tokenizer.decode(ids)) for ids in (prompt[0], until_end(model, written)))
@@ -59,22 +65,6 @@ def generation(model: ModelHandle, reference: ModelHandle, options: GenerationOp
         Metric("model_memory", options.source, memory / 2**30, "GiB", higher_is_better=False),
         *samples,
     ]
-
-
-def timed(module: PreTrainedModel, prompt: Tensor, n_tokens: int, device: torch.device) -> tuple[Tensor, float]:
-    """What was written [tokens], and the seconds it took."""
-    begun = time.perf_counter()
-    written = write(module, prompt, n_tokens, device)
-    return written, time.perf_counter() - begun
-
-
-@torch.no_grad()
-def write(module: PreTrainedModel, prompt: Tensor, n_tokens: int, device: torch.device) -> Tensor:
-    """The likeliest tokens [tokens] after a prompt [1, length], whether or not one of them ends the text."""
-    settings = GenerationConfig(max_new_tokens=n_tokens, do_sample=False, use_cache=True, pad_token_id=0)
-    ids = prompt.to(device)
-    out = cast(GenerationMixin, module).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    return cast(Tensor, out)[0, prompt.shape[1] :].cpu()
 
 
 def until_end(model: ModelHandle, written: Tensor) -> Tensor:
