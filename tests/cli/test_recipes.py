@@ -46,5 +46,5 @@ def test_a_recipe_runs_to_the_end(path: Path, tmp_path: Path) -> None:
     steps = [step.key for step in load(path).steps]
     assert [stage["name"] for stage in results["stages"]][: len(steps)] == steps
     assert {row["subject"] for row in results["metrics"]} >= {"original", "compressed"}
-    assert sum(map(len, (sample["texts"] for sample in results["samples"]))) == 4 * ("evaluate/generation" in steps)
+    assert sum(map(len, (sample["texts"] for sample in results["samples"]))) == 8 * ("evaluate/generation" in steps)
     assert len(results["exports"]) == sum(key.startswith("export/") for key in steps)

@@ -100,7 +100,7 @@ def test_a_failed_gate_leaves_junit_markdown_and_annotations(folder: Path) -> No
     assert kept == [True, True]  # the compressed model and the export are those of the stored run
     failures = ElementTree.parse(folder / "ci" / "junit.xml").getroot().findall(".//failure")
     assert len(failures) == sum(not gate["passed"] for gate in gates) == 2
-    assert "2 of 6 gates failed" in (folder / "ci" / "summary.md").read_text()
+    assert "2 of 4 gates failed" in (folder / "ci" / "summary.md").read_text()
     assert sum(line.startswith("::error title=gate perplexity max%3A 1.0") for line in err.splitlines()) == 2
 
 
