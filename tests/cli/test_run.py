@@ -1,7 +1,6 @@
 """qtool as a real process: exit codes, streams, going on after Ctrl-C; and eval and export of a finished run."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from qtool.calibration.tokens import TextOptions, read_tokens
 from qtool.cli.main import app
 
 RECIPE = """\
@@ -168,29 +168,26 @@ def test_export_writes_another_format_of_a_finished_run(folder: Path) -> None:
 
 
 def test_eval_measures_what_transformers_loads_and_qtool_does_not_read(folder: Path, tmp_path: Path) -> None:
-    """An export whose columns are told to be reordered, in no order: qtool reads no such checkpoint."""
-    written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", tmp_path / "plain")
+    """An export told to round its inputs to four bits too, by token: compressed-tensors does so, qtool reads no such scheme."""
+    written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", tmp_path / "other")
     assert written.exit_code == 0, written.stderr
-    shutil.copytree(tmp_path / "plain", tmp_path / "reordered")
-    config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
-    (tmp_path / "reordered" / "config.json").write_text(json.dumps(config))
-    tensors = load_file(tmp_path / "plain" / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("weight_shape")]:
-        n_in = int(tensors[name][1])
-        tensors[name.replace("weight_shape", "weight_g_idx")] = torch.arange(n_in, dtype=torch.int32) // 128
-    save_file(tensors, tmp_path / "reordered" / "model.safetensors", {"format": "pt"})
-    found = {}
-    for name in ("plain", "reordered"):
-        windows = ("--source", "demo:test", "--length", "32", "--samples", "2")
-        measured = invoke("eval", tmp_path / name, *windows, "--json", "--out", tmp_path / f"of-{name}")
-        assert measured.exit_code == 0, measured.stderr
-        found[name] = json.loads(measured.stdout)
-        assert json.loads((tmp_path / f"of-{name}" / "results.json").read_text()) == found[name]
-        assert (tmp_path / f"of-{name}" / "report.html").is_file() and (tmp_path / f"of-{name}" / "paired.json").is_file()
-    assert found["plain"]["fallbacks"] == []
-    (fallback,) = found["reordered"]["fallbacks"]
-    assert "cannot be read" in fallback and "transformers loads the whole model instead" in fallback
-    values = [results["metrics"][0]["value"] for results in found.values()]
-    assert values[0] == pytest.approx(values[1], rel=1e-3)  # bfloat16, decoded once and for all there, on the fly here
-    assert set(found["plain"]) - {"runtime"} == set(json.loads((folder / "out" / "results.json").read_text()))
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    inputs = {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    windows = ("--source", "demo:test", "--length", "32", "--samples", "2")
+    measured = invoke("eval", tmp_path / "other", *windows, "--json", "--out", tmp_path / "measured")
+    assert measured.exit_code == 0, measured.stderr
+    results = json.loads(measured.stdout)
+    (fallback,) = results["fallbacks"]
+    assert "activations of int 4 bits by token cannot be read" in fallback and "transformers loads the whole model" in fallback
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokens = read_tokens(TextOptions(source="demo:test", length=32, samples=2, shuffle=False), tokenizer, 0)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "other")(tokens).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert results["metrics"][0]["value"] == pytest.approx(float(loss.exp()), rel=1e-3)  # bfloat16, in batches of other shapes
+    assert json.loads((tmp_path / "measured" / "results.json").read_text()) == results
+    assert (tmp_path / "measured" / "report.html").is_file() and (tmp_path / "measured" / "paired.json").is_file()
+    of_a_run = json.loads((folder / "out" / "results.json").read_text())
+    assert set(results) - {"runtime"} == set(of_a_run)  # so that what reads one reads the other
