@@ -734,8 +734,8 @@ class ModelHandle:
         """All that a result of this model, as it is stored, depends on; inputs: a digest of what it was fed."""
         assert not self.changes, "results are kept of originals alone"
         if self._digest is None:
-            code = sorted(path for path in self.folder.glob("*.py") if self.options.trust_remote_code)
-            files = [self.folder / "config.json", *code, *self.checkpoint.files]
+            beside = sorted(path for kind in ("*.py", "*.onnx") for path in self.folder.glob(kind))  # code and graphs
+            files = [self.folder / "config.json", *beside, *self.checkpoint.files]
             self._digest = hashlib.sha256("".join(digest_file(path) for path in files if path.is_file()).encode()).hexdigest()
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

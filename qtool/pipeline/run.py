@@ -316,7 +316,7 @@ def evaluate_target(
         subjects[-1][1].block(0)
         subjects[-1][1].release(0)
         acceleration.require(f"{target} on {device}")
-    else:  # other products give other bits than those that are kept
+    elif not notes:  # other products, and other tools' quantizers, give other bits than those that are kept
         original.kept = kept_results()
     measured: dict[str, Measurement] = {}
     stages = []
