@@ -168,19 +168,19 @@ def test_export_writes_another_format_of_a_finished_run(folder: Path) -> None:
 
 
 def test_eval_measures_what_transformers_loads_and_qtool_does_not_read(folder: Path, tmp_path: Path) -> None:
-    """An export told to round its inputs to four bits too, by token: compressed-tensors does so, qtool reads no such scheme."""
+    """An export told to round its linears' outputs too: compressed-tensors does so, qtool reads no such scheme."""
     written = invoke("export", folder / "out", "--format", "compressed_tensors", "--out", tmp_path / "other")
     assert written.exit_code == 0, written.stderr
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    inputs = {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+    outputs = {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    config["quantization_config"]["config_groups"]["group_0"]["output_activations"] = outputs
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     windows = ("--source", "demo:test", "--length", "32", "--samples", "2")
     measured = invoke("eval", tmp_path / "other", *windows, "--json", "--out", tmp_path / "measured")
     assert measured.exit_code == 0, measured.stderr
     results = json.loads(measured.stdout)
     (fallback,) = results["fallbacks"]
-    assert "activations of int 4 bits by token cannot be read" in fallback and "transformers loads the whole model" in fallback
+    assert "(output_activations) cannot be read" in fallback and "transformers loads the whole model" in fallback
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
     tokens = read_tokens(TextOptions(source="demo:test", length=32, samples=2, shuffle=False), tokenizer, 0)
     with torch.no_grad():
