@@ -162,7 +162,7 @@ def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
     drawn = browser.value(
         f"{figures}.map((f) => [f.querySelector('b').textContent, ({marks})(f), f.innerText.includes('NaN')])"
     )
-    assert len(drawn) == 15 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
+    assert len(drawn) == 17 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
     assert browser.value("document.documentElement.scrollWidth") <= width
     browser.value(
         "(() => { const list = document.querySelector('select'); list.value = 41; list.dispatchEvent(new Event('change')) })()"
