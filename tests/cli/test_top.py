@@ -24,10 +24,11 @@ pipeline:
 def test_a_killed_run_is_told_from_a_live_one(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     out = tmp_path / "out"
+    events = out / "events.jsonl"
     command = [sys.executable, "-m", "qtool", "run", "r.yaml", "--out", "out"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        while '"name": "quantize/sign_round"' not in (out / "events.jsonl").read_text() if out.exists() else True:
+        while not events.exists() or '"name": "quantize/sign_round"' not in events.read_text():
             assert run.poll() is None
             time.sleep(0.1)
         live = CliRunner().invoke(app, ["top", str(out)])
