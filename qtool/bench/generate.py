@@ -52,8 +52,9 @@ def bench_generate(
 
     Raises QtoolError where the model has no quantized linear, or is too short for the prompt and what follows it.
     """
-    config, n_quantized = _open(options, None).config.get_text_config(), len(_open(options, None).schemes())
-    if n_quantized == 0:
+    handle = _open(options, None)
+    config = handle.config.get_text_config()
+    if not handle.schemes():
         raise QtoolError(f"{options.path} has no quantized linear; name an export or a run's folder")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and workload.prompt + workload.new > longest:

@@ -98,7 +98,7 @@ def make_subjects(
     """What can be timed by its name, qtool's product first, and why the others cannot."""
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
     try:
-        tensor = quantize(W, scheme.weights)
+        tensor = quantize(W.to(device), scheme.weights)
     except QtoolError as error:
         raise QtoolError(f"--format {scheme} --shape {shape[0]}x{shape[1]}: {error}") from error
     layer = QuantLinear(tensor, None, scheme.activations).to(device).eval()

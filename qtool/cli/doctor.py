@@ -32,6 +32,7 @@ PARTS = (
     Part(("lm-eval",), "evaluate/lm_eval"),
     Part(("pydantic",), "recipes"),
     Part(("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CUDA kernels, with an NVIDIA GPU", is_required=False),
+    Part(("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "compiling them, where no CUDA toolkit does", is_required=False),
     Part(("ray",), "qtool sweep", is_required=False),
     Part(("optuna",), "qtool search", is_required=False),
     Part(("compressed-tensors",), "loading exports with plain transformers", is_required=False),
@@ -51,9 +52,9 @@ def doctor() -> None:
         advice = "" if version else f"[yellow]pip install {part.names[0]}[/yellow]"
         table.add_row(part.names[0], version or "[yellow]missing[/yellow]", f"[dim]{part.purpose}[/dim]  {advice}")
     if find_version(PARTS[0]) is not None:
-        from qtool.pipeline.machine import describe_machine  # here, because it imports torch
+        from qtool.pipeline.machine import describe_machine, describe_products  # here, because it imports torch
 
-        for name, fact in describe_machine(Path.cwd()).items():
+        for name, fact in (describe_machine(Path.cwd()) | describe_products()).items():
             table.add_row(name, fact, "")
     make_console().print(table)
     if missing:

@@ -3,9 +3,10 @@
     few tokens     aten::_weight_int4pack_mm_for_cpu, which reads half a byte a weight
     many tokens    W^ in bfloat16, some rows at a time, and a plain product
     y += (x summed over each group) (scale · shift)ᵀ     where codes have a shift: see whole_levels.py
-    x [tokens, in] bfloat16    codes in torch's own order [out / rows, in, rows / 2], two a byte    scale [out, groups]
+    x [tokens, in] bfloat16, or float16 rounded to it    scale [out, groups]
+    codes in torch's own order [out / rows, in, rows / 2], two a byte
 Scales are rounded to bfloat16, as the decoded weights of the reference are.
-Why bfloat16 alone: for float16 and float32 torch runs plain loops, 100 times slower than decoding.
+Why bfloat16 alone: for float16 and float32 torch runs plain loops, slower than decoding.
 Why shifts are a product of their own: torch takes them in bfloat16, scaled, which is too coarse for sums over a group.
 Source: torch, aten/src/ATen/native/cpu/int4mm_kernel.cpp.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from qtool.formats.tensor import QuantizedTensor
 from qtool.kernels.whole_levels import WholeLevels, whole_levels
 
+DTYPES = (torch.bfloat16, torch.float16)  # of inputs
 BITS = 4
 GROUPS = (256, 128, 64, 32)  # that the packed product takes
 ROWS = 64  # outputs must come in so many
@@ -48,16 +50,16 @@ class Int4Product(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [..., out] of x [..., in], in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)  # [tokens, in]
         if len(rows) <= FEW:
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self._group, self.scale)  # [tokens, out]
         else:
             y = self._decoded_product(rows)
         if self.shift is not None:
             sums = rows.unflatten(1, (self.shift.shape[1], -1)).sum(-1, dtype=torch.float32)  # [tokens, groups]
-            y = torch.addmm(y.float(), sums, self.shift.T).to(x.dtype)
+            y = torch.addmm(y.float(), sums, self.shift.T)
         y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _decoded_product(self, x: Tensor) -> Tensor:
         """y [tokens, out] of x [tokens, in], the weights decoded in bfloat16."""
@@ -81,7 +83,7 @@ class Int4Product(nn.Module):
 
 def int4_product(tensor: QuantizedTensor, dtype: torch.dtype) -> Int4Product | str:
     """The product for inputs in a dtype; else why there is none."""
-    if dtype != torch.bfloat16:
+    if dtype not in DTYPES:
         return f"inputs in {str(dtype).removeprefix('torch.')}: torch's packed products are fast in bfloat16 alone"
     n, n_in = tensor.shape
     if n % ROWS:

@@ -2,7 +2,8 @@
 
     weights alone     y = s_w ((x q_wᵀ) + z_w Σ x)                aten::_weight_int8pack_mm for few tokens, else decoded
     inputs too        y = s_x s_w ((q_x - z_x) q_wᵀ + z_w Σ (q_x - z_x))     onednn::qlinear_pointwise, exact in int32
-    x [tokens, in] bfloat16    q_w [out, in] int8    s_w, z_w [out]: scale and shift of whole_levels.py    q_x in uint8
+    x [tokens, in] bfloat16, or float16 rounded to it    q_x in uint8
+    q_w [out, in] int8    s_w, z_w [out]: scale and shift of whole_levels.py
     s_x, z_x [tokens]: each token's own, or static; sums over `in`
 Why only with VNNI: without it the instruction for uint8 by int8 adds pairs in 16 bits, and large ones saturate.
 Source: torch, aten/src/ATen/native/cpu/int8mm_kernel.cpp and native/quantized/cpu/qlinear.cpp.
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from qtool.formats.inputs import InputScales, fit_inputs
 from qtool.formats.scheme import ActivationScheme
 from qtool.formats.tensor import QuantizedTensor
+from qtool.kernels.cpu_int4 import DTYPES
 from qtool.kernels.whole_levels import WholeLevels, whole_levels
 
 BITS = 8
@@ -41,13 +43,13 @@ class Int8Product(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [..., out] of x [..., in], in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)  # [tokens, in]
         if len(rows) <= FEW:
-            ones = torch.ones_like(self.scale, dtype=x.dtype)
+            ones = torch.ones_like(self.scale, dtype=rows.dtype)
             y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, ones).float()  # [tokens, out]
         else:
             step = max(1, DECODED_BYTES // (2 * self.codes.shape[1]))
-            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in self.codes.split(step)], 1).float()  # [tokens, out]
+            y = torch.cat([F.linear(rows, part.to(rows.dtype)) for part in self.codes.split(step)], 1).float()  # [tokens, out]
         if self.shift is not None:
             y = y + rows.sum(-1, dtype=torch.float32).unsqueeze(-1) * self.shift
         y = y * self.scale
@@ -98,7 +100,7 @@ class Int8By8Product(nn.Module):
 
 def int8_product(tensor: QuantizedTensor, dtype: torch.dtype) -> Int8Product | str:
     """The product for inputs in a dtype; else why there is none."""
-    if dtype != torch.bfloat16:
+    if dtype not in DTYPES:
         return f"inputs in {str(dtype).removeprefix('torch.')}: torch's packed products are fast in bfloat16 alone"
     whole = _per_output(tensor)
     return whole if isinstance(whole, str) else Int8Product(whole)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import qtool
@@ -109,8 +110,10 @@ def test_init_never_overwrites_and_says_where_it_cannot_write(tmp_path: Path) ->
 def test_doctor_names_versions_and_the_machine() -> None:
     shown = call("doctor")
     assert shown.exit_code == 0
-    for word in ("torch", "transformers", "lm-eval", "cupy", "processor", "memory", "free disk", "GPU"):
+    for word in ("torch", "transformers", "lm-eval", "cupy", "processor", "memory", "free disk", "GPU", "fast on the CPU"):
         assert word in shown.stdout
+    if not torch.cuda.is_available():
+        assert re.search("fast on a GPU +nothing: torch sees no CUDA GPU", shown.stdout)
 
 
 def test_doctor_tells_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,17 @@ def test_static_inputs_on_the_cpu(scheme: str) -> None:
     assert_near(made(inputs(7)), exact(layer, inputs(7)), 2**-9)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16g64-asym", "w8a16-asym"])
+def test_inputs_in_float16_are_rounded_to_bfloat16(scheme: str) -> None:
+    layer = layer_of(scheme)
+    made = fast(layer, torch.float16)
+    assert isinstance(made, FastLinear)
+    for tokens in (2, cpu_int4.FEW + 1):
+        x = inputs(tokens).half()
+        assert made(x).dtype == torch.float16
+        assert_near(made(x), exact(layer, x), 4 * 2**-9)
+
+
 @pytest.mark.parametrize("tokens", [(0,), (2, 3), (5, 1, 2)])
 @pytest.mark.parametrize("scheme", ["w4a16g64-asym", "w8a16-asym", "w8a8-asym"])
 def test_any_number_of_tokens_in_any_shape(tokens: tuple[int, ...], scheme: str) -> None:
