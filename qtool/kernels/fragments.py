@@ -6,7 +6,7 @@ lane holds is free, as long as x is read in the same order; here lane t takes in
 load of 16 bytes from x. Of an output n and an input k
     n = 16 tile + 8 r + g         k = KB block + 32 h + 8 t + 4 j + 2 c + e
 h tells the half or quarter of a block, j the first or second product of 32 inputs, i = 2 c + r the register, e the half of it.
-    4 bits, KB  64    word 2 h + j of 4:                 bits 4 i + 16 e
+    4 bits, KB  64    word 2 h + j of 4:                 bits 4 i + 16 e; of a table's codes 8 i + 4 e
     2 bits, KB 128    word h of 4:                       bits 2 (4 j + i) + 16 e
     3 bits, KB 128    its low two bits as 2 bits;  word h / 2 of 2 more, after them:  bit 8 (h mod 2) + 4 j + i + 16 e
     8 bits, KB  64    word 4 h + 2 j + c of 8:           byte 2 r + e
@@ -30,8 +30,8 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def to_fragments(codes: Tensor, bits: int) -> Tensor:
-    """Words [tiles, blocks, 32 WORDS] int32 of unsigned codes [out, in]."""
+def to_fragments(codes: Tensor, bits: int, is_table: bool = False) -> Tensor:
+    """Words [tiles, blocks, 32 WORDS] int32 of unsigned codes [out, in]; is_table: codes of 4 bits name levels of a table."""
     n, k = codes.shape
     block = BLOCK[bits]
     rest = (0, padded(k, block) - k, 0, padded(n, ROWS) - n)
@@ -44,7 +44,7 @@ def to_fragments(codes: Tensor, bits: int) -> Tensor:
         words = _sum_bits(q, [0, 8, 16, 24], 2)  # [..., h, j, c]
         words = words.flatten(5).movedim(4, 2)  # [tiles, blocks, h, g, t, 4]
     elif bits == 4:
-        words = _sum_bits(q, [4 * i + 16 * e for i in range(4) for e in range(2)], 3)  # [..., h, j]
+        words = _sum_bits(q, _nibbles(is_table), 3)  # [..., h, j]
     else:
         low = _sum_bits(q & 3, [2 * i + 16 * e for i in range(8) for e in range(2)], 4)  # [..., h]
         words = low
@@ -55,14 +55,14 @@ def to_fragments(codes: Tensor, bits: int) -> Tensor:
     return words.reshape(n_tiles, n_blocks, 32 * WORDS[bits]).contiguous()
 
 
-def from_fragments(words: Tensor, bits: int, out: int, n_in: int) -> Tensor:
+def from_fragments(words: Tensor, bits: int, out: int, n_in: int, is_table: bool = False) -> Tensor:
     """Unsigned codes [out, in] int32 of words [tiles, blocks, 32 WORDS]."""
     n_tiles, n_blocks, _ = words.shape
     lanes = (n_tiles, n_blocks, 8, 4)
     if bits == 8:
         q = _bits_of(words.view(n_tiles, n_blocks, 2, 8, 4, 2, 2).movedim(2, 4), [0, 8, 16, 24], 255)
     elif bits == 4:
-        q = _bits_of(words.view(*lanes, 2, 2), [4 * i + 16 * e for i in range(4) for e in range(2)], 15)
+        q = _bits_of(words.view(*lanes, 2, 2), _nibbles(is_table), 15)
     else:
         q = _bits_of(words[..., :128].reshape(*lanes, 4), [2 * i + 16 * e for i in range(8) for e in range(2)], 3)
         if bits == 3:
@@ -100,6 +100,11 @@ def sixteenths_from_lanes(values: Tensor, out: int, n_groups: int) -> Tensor:
     """values [out, groups] of [blocks, tiles, 8, 2, 2, 2]."""
     rows = values.permute(1, 5, 2, 0, 4, 3)  # [tiles, r, g, blocks, h, t / 2]
     return rows.reshape(16 * values.shape[1], -1)[:out, :n_groups].contiguous()
+
+
+def _nibbles(is_table: bool) -> list[int]:
+    i_step, e_step = (8, 4) if is_table else (4, 16)
+    return [i_step * i + e_step * e for i in range(4) for e in range(2)]
 
 
 def _sum_bits(q: Tensor, shifts: list[int], n_axes: int) -> Tensor:

@@ -23,6 +23,7 @@ from qtool.kernels.fragments import (
     sixteenths_to_lanes,
     to_fragments,
 )
+from qtool.kernels.launch import Launch, counters, n_processors, run
 
 BITS = (2, 3, 4, 8)
 TABLE_BITS = 4
@@ -77,7 +78,7 @@ def supports(scheme: WeightScheme, shape: tuple[int, int]) -> str | None:
     if scheme.format == "e8p" or scheme.grid.n_levels > 16 and scheme.format != "int":
         return f"{scheme.format} has no kernel; tables of up to 16 levels do"
     if scheme.scale_dtype == "float8_e4m3fn":
-        return None if scheme.group == E4M3_GROUP and scheme.format != "int" else "E4M3 scales have a kernel in nvfp4 alone"
+        return None if scheme.group == E4M3_GROUP and scheme.format == "e2m1" else "E4M3 scales have a kernel in nvfp4 alone"
     group = scheme.group
     if group is not None and (group < 32 or group & (group - 1)):
         return f"groups of {group} have no kernel; 32, 64, 128 and other powers of two, or one group per row, do"
@@ -126,7 +127,14 @@ def pack(tensor: QuantizedTensor) -> PackedWeight:
     group = tensor.scheme.group or tensor.shape[1]
     zero = None if tensor.zero is None else rows_to_lanes(tensor.zero.to(torch.float16))
     return PackedWeight(
-        to_fragments(codes, bits), _stored_scale(tensor), zero, table, bits, tensor.shape, group, float(tensor.of_tensor)
+        to_fragments(codes, bits, table is not None),
+        _stored_scale(tensor),
+        zero,
+        table,
+        bits,
+        tensor.shape,
+        group,
+        float(tensor.of_tensor),
     )
 
 
@@ -146,31 +154,20 @@ def _stored_scale(tensor: QuantizedTensor) -> Tensor:
 
 def unpack(packed: PackedWeight) -> Tensor:
     """W^ [out, in], float32."""
-    return _decode(packed.codes, packed.scale, packed.zero, packed.table, packed.bits, packed.shape, packed.group, packed.alpha)
-
-
-def _decode(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    shape: tuple[int, int],
-    group: int,
-    alpha: float,
-) -> Tensor:
-    n, n_in = shape
-    codes = from_fragments(words, bits, n, n_in)  # [out, in]
-    offset = 0 if zero is not None else 1 << (bits - 1)
-    levels = (codes - offset).float() if table is None else table[codes]
-    if scale.dtype == torch.uint8:
-        rows = sixteenths_from_lanes(scale, n, n_in // group).view(torch.float8_e4m3fn)  # [out, groups]
+    n, n_in = packed.shape
+    codes = from_fragments(packed.codes, packed.bits, n, n_in, packed.table is not None)  # [out, in]
+    if packed.table is not None:
+        levels = packed.table[codes]
     else:
-        rows = rows_from_lanes(scale, n)
-    levels = levels.view(n, -1, group)  # [out, groups, group]
-    if zero is not None:
-        levels = levels - rows_from_lanes(zero, n).float().unsqueeze(-1)
-    return (levels * (rows.float() * alpha).unsqueeze(-1)).view(n, n_in)
+        levels = (codes if packed.zero is not None else codes - (1 << (packed.bits - 1))).float()
+    if packed.scale.dtype == torch.uint8:
+        scale = sixteenths_from_lanes(packed.scale, n, n_in // packed.group).view(torch.float8_e4m3fn)  # [out, groups]
+    else:
+        scale = rows_from_lanes(packed.scale, n)
+    levels = levels.view(n, -1, packed.group)  # [out, groups, group]
+    if packed.zero is not None:
+        levels = levels - rows_from_lanes(packed.zero, n).float().unsqueeze(-1)
+    return (levels * (scale.float() * packed.alpha).unsqueeze(-1)).view(n, n_in)
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -180,6 +177,77 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     )
     return y
 
+
+# ---- the kernels ----
+
+WARPS = 8  # of a block
+FEW = 16  # tokens up to which decode_step serves
+
+
+def decode_step(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    n_splits: int,
+    partial: Tensor | None,
+    counters: Tensor | None,
+) -> Launch:
+    """The launch for up to 16 tokens x [tokens, in] into y [tokens, out], with inputs split over n_splits blocks.
+
+    partial: float32, as many as `partial_sums` says, and counters, zeros: of more than one split.
+    """
+    n_in = x.shape[1]
+    n_tiles, n_blocks, _ = packed.codes.shape
+    n_token_tiles = 1 if len(x) <= 8 else 2
+    tiles, depth = tiles_of(packed, n_token_tiles)
+    is_grouped = packed.group < n_in
+    kind = {torch.bfloat16: "BFLOAT", torch.float32: "FLOAT", torch.uint8: "E4M3"}[packed.scale.dtype]
+    span = 32 if is_grouped and packed.group == 32 else 64
+    template = (
+        "F16" if x.dtype == torch.float16 else "BF16",
+        f"W{packed.bits}" if packed.table is None else "TABLE",
+        kind,
+        "false" if packed.zero is None else "true",
+        *(span, tiles, n_token_tiles, depth),
+    )
+    shared = WARPS * 8 * n_token_tiles * (16 * tiles + 4) + 1
+    return Launch(
+        "decode_step.cu",
+        f"decode_step<{', '.join(map(str, template))}>",
+        (n_tiles // tiles, n_splits, 1),
+        32 * WARPS,
+        4 * shared,
+        (
+            *(x, packed.codes, packed.scale, packed.zero, packed.table, bias, y, partial, counters),
+            *(len(x), packed.shape[0], n_in, n_blocks, n_tiles),
+            *(packed.group.bit_length() - 1 if is_grouped else 31, len(packed.scale), packed.alpha),
+        ),
+    )
+
+
+def tiles_of(packed: PackedWeight, n_token_tiles: int) -> tuple[int, int]:
+    """Tiles of 16 outputs that a block of decode_step has, and how many blocks of codes a warp has under way."""
+    if packed.bits == 8:
+        return 2, 2
+    return (2, 4) if n_token_tiles == 1 else (4, 2)
+
+
+def splits_of(packed: PackedWeight, n_tokens: int, n_processors: int) -> int:
+    """Over how many blocks decode_step splits the inputs: about two blocks for each multiprocessor, a turn for every warp."""
+    n_tiles, n_blocks, _ = packed.codes.shape
+    tiles, _ = tiles_of(packed, 1 if n_tokens <= 8 else 2)
+    wanted = round(2 * n_processors * tiles / n_tiles)
+    return max(1, min(wanted, n_blocks // WARPS))
+
+
+def partial_sums(packed: PackedWeight, n_tokens: int, n_splits: int) -> int:
+    """Floats that decode_step writes between its blocks."""
+    n_token_tiles = 1 if n_tokens <= 8 else 2
+    return n_splits * len(packed.codes) * 16 * 8 * n_token_tiles
+
+
+# ---- the operator ----
 
 torch.library.define(
     "qtool::weight_only_matmul",
@@ -201,9 +269,41 @@ def _reference(
     group: int,
     alpha: float,
 ) -> Tensor:
-    W = _decode(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha)  # [out, in]
+    W = unpack(PackedWeight(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha))  # [out, in]
     y = x.float() @ W.T  # [..., out]
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@torch.library.impl("qtool::weight_only_matmul", "CUDA")
+def _on_gpu(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out: int,
+    group: int,
+    alpha: float,
+) -> Tensor:
+    packed = PackedWeight(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha)
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise QtoolError(f"inputs in {x.dtype} have no kernel; cast them to float16 or bfloat16")
+    if bias is not None and bias.dtype != x.dtype:
+        raise QtoolError(f"bias in {bias.dtype} of inputs in {x.dtype}; cast it to {x.dtype}")
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, in]
+    y = x.new_empty((len(flat), out))  # [tokens, out]
+    if not y.numel():
+        return y.view(*x.shape[:-1], out)
+    if len(flat) > FEW:
+        W = unpack(packed).to(x.dtype)
+        return torch.nn.functional.linear(x, W, bias)
+    n_splits = splits_of(packed, len(flat), n_processors(x.device))
+    partial = x.new_empty(partial_sums(packed, len(flat), n_splits), dtype=torch.float32) if n_splits > 1 else None
+    count = counters(x.device, len(codes)) if n_splits > 1 else None
+    run(decode_step(flat, packed, bias, y, n_splits, partial, count), x.device)
+    return y.view(*x.shape[:-1], out)
 
 
 def _shape_of(
