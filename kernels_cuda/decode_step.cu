@@ -4,9 +4,8 @@
 // way in registers, for weights are read once and need no shared memory. Weights are the A operand, 16 outputs; tokens are the 8
 // columns of B, MT times, so that one token costs what eight do. Sums of a group stay in float32 and are scaled once a group:
 //     acc[n, m] += scale[n] (sum_k level[n, k] x[m, k]  -  zero[n] sum_k x[m, k])
-// the second sum being one more product, with a matrix of ones. Warps add up in shared memory; where inputs are split over
-// blocks (gridDim.y), each writes its sums and counts up, and the last to come adds them in their order and sets the count back.
-// Every result is the same to the bit, whichever comes last.
+// the second sum being one more product, with a matrix of ones. Warps add up in shared memory, blocks as finish.cuh says.
+#include "finish.cuh"
 #include "weights.cuh"
 
 constexpr int WARPS = 8;
@@ -93,32 +92,14 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
         for (int tile = 0; tile < TILES; tile++) {
           uint32_t a[4];
           decode<T, FORMAT>(a, stage.q[n], span * TILES + tile, levels);
-          if constexpr (SCALE == E4M3) {  // at most three bits times four: exact in T
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              a[i] = T::fma(a[i], e4m3_pair<T>(stage.scale[n][span], tile / 2, i % 2), 0x80008000);
-          }
+          if constexpr (SCALE == E4M3) scale_weights<T>(a, stage.scale[n][span], tile / 2);
 #pragma unroll
           for (int m = 0; m < MT; m++) T::mma(SCALE == E4M3 ? acc[n][m] : part[m], a, stage.x[m][span * TILES + tile]);
         }
         if constexpr (SCALE != E4M3) {
 #pragma unroll
-          for (int r = 0; r < 2; r++) {
-            float of_row = scale_of<SCALE>(stage.scale[n][span], r);
-            float shift = 0;
-            if constexpr (ZERO) {  // codes come less half their range, and so must zero points
-              shift = ptx::half_to_float(r ? stage.zero[n][span] >> 16 : stage.zero[n][span]);
-              if constexpr (FORMAT != TABLE) shift -= 1 << (FORMAT - 1);
-            }
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-              for (int e = 0; e < 2; e++) {
-                float sum = part[m][2 * r + e];
-                if constexpr (ZERO) sum -= shift * total[m][2 * r + e];
-                acc[n][m][2 * r + e] += of_row * sum;
-              }
-          }
+          for (int m = 0; m < MT; m++)
+            add_scaled<FORMAT, SCALE, ZERO>(acc[n][m], part[m], total[m], stage.scale[n][span], stage.zero[ZERO ? n : 0][span]);
         }
       }
     }
@@ -149,34 +130,10 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
     for (int w = 0; w < WARPS; w++) sum += sums[(w * TOKENS + token) * STRIDE + row];
     return sum;
   };
-  auto store = [&](int token, int row, float sum) {
-    int n = 16 * first_tile + row;
-    if (n >= n_out) return;
+  auto store = [&](int token, int n, float sum) {
     sum = alpha * sum + (bias ? T::value(bias[n]) : 0.0f);
     y[static_cast<size_t>(token) * n_out + n] = static_cast<uint16_t>(T::pair(sum, sum));
   };
-  const int n_sums = n_tokens * ROWS;
-  if (gridDim.y == 1) {
-    for (int e = threadIdx.x; e < n_sums; e += WARPS * 32) store(e / ROWS, e % ROWS, of_block(e / ROWS, e % ROWS));
-    return;
-  }
-  const int size = TOKENS * ROWS;
-  for (int e = threadIdx.x; e < n_sums; e += WARPS * 32)
-    partial[(static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * size + e] = of_block(e / ROWS, e % ROWS);
-  ptx::fence();
-  __syncthreads();
-  int* is_last = reinterpret_cast<int*>(sums + WARPS * TOKENS * STRIDE);
-  if (threadIdx.x == 0) {
-    *is_last = ptx::count_up(counters + blockIdx.x) == static_cast<int>(gridDim.y) - 1;
-    if (*is_last) counters[blockIdx.x] = 0;
-  }
-  __syncthreads();
-  if (!*is_last) return;
-  ptx::fence();
-  for (int e = threadIdx.x; e < n_sums; e += WARPS * 32) {
-    float sum = 0;
-    for (int split = 0; split < static_cast<int>(gridDim.y); split++)
-      sum += ptx::load_fresh(partial + (static_cast<size_t>(split) * gridDim.x + blockIdx.x) * size + e);
-    store(e / ROWS, e % ROWS, sum);
-  }
+  int* flag = reinterpret_cast<int*>(sums + WARPS * TOKENS * STRIDE);
+  finish<float, ROWS, TOKENS>(of_block, store, flag, partial, counters, n_tokens, n_out);
 }

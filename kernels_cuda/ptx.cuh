@@ -47,6 +47,11 @@ QT_DEVICE float load_fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(v) : "l"(from) : "memory");
   return v;
 }
+QT_DEVICE int load_fresh(const int* from) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0,[%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
 
 // 16 bytes to shared memory, zeros where not valid; they are there after wait<N>, N later commits aside, and a barrier.
 QT_DEVICE void copy16(void* to, const void* from, bool valid) {

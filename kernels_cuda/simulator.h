@@ -277,7 +277,7 @@ inline uint2 load_once8(const void* from) { return load<uint2>(from); }
 inline uint4 load16(const void* from) { return load<uint4>(from); }
 inline uint2 load8(const void* from) { return load<uint2>(from); }
 inline uint32_t load4(const void* from) { return load<uint32_t>(from); }
-inline float load_fresh(const float* from) { return load<float>(from); }
+template <class V> inline V load_fresh(const V* from) { return load<V>(from); }
 
 inline void copy16(void* to, const void* from, bool valid) {
   simulator::must_align(to, 16, "cp.async to");

@@ -138,10 +138,35 @@ template <int SCALE> QT_DEVICE float scale_of(const StoredScale<SCALE>& stored, 
   return ptx::bits_to_float(r ? stored.bits[0] & 0xFFFF0000 : stored.bits[0] << 16);
 }
 
-// E4M3 is float16 with three bits of the mantissa and an exponent that is 8 less, in other places: of half h and row g + 8 r,
-// twice in T.
-template <class T> QT_DEVICE uint32_t e4m3_pair(const StoredScale<E4M3>& stored, int h, int r) {
+// The zero point of row g + 8 r, less half the range of whole numbers, for so decode() gives them.
+template <int FORMAT> QT_DEVICE float zero_of(uint32_t zeros, int r) {
+  float zero = ptx::half_to_float(r ? zeros >> 16 : zeros);
+  return FORMAT == TABLE ? zero : zero - (1 << (FORMAT - 1));
+}
+
+// acc += scale (part - zero total) of the sums of one group, rows g and g + 8.
+template <int FORMAT, int SCALE, bool ZERO>
+QT_DEVICE void add_scaled(float (&acc)[4], const float (&part)[4], const float (&total)[4], const StoredScale<SCALE>& stored,
+                          uint32_t zeros) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float sum = part[i];
+    if constexpr (ZERO) sum -= zero_of<FORMAT>(zeros, i / 2) * total[i];
+    acc[i] += scale_of<SCALE>(stored, i / 2) * sum;
+  }
+}
+
+// E4M3 is float16 with three bits of the mantissa and an exponent that is 8 less, in other places: of half h and row g + 8 r.
+QT_DEVICE float e4m3_scale(const StoredScale<E4M3>& stored, int h, int r) {
   uint32_t byte = stored.bits[0] >> (16 * h + 8 * r);
-  float value = ptx::half_to_float((byte & 0x80) << 8 | (byte & 0x7F) << 7) * 256.0f;
-  return T::pair(value, value);
+  return ptx::half_to_float((byte & 0x80) << 8 | (byte & 0x7F) << 7) * 256.0f;
+}
+
+// Weights of half h times their scales: at most two bits times four, exact in T.
+template <class T> QT_DEVICE void scale_weights(uint32_t (&a)[4], const StoredScale<E4M3>& stored, int h) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float scale = e4m3_scale(stored, h, i % 2);
+    a[i] = T::fma(a[i], T::pair(scale, scale), 0x80008000);
+  }
 }

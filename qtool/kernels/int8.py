@@ -11,8 +11,10 @@ transformers has it.
 import torch
 from torch import Tensor
 
+from qtool.errors import QtoolError
 from qtool.formats.inputs import fit_inputs
 from qtool.formats.scheme import ActivationScheme
+from qtool.kernels.launch import Launch, aligned, counters, n_processors, run
 
 SYMMETRIC = ActivationScheme(bits=8)
 ASYMMETRIC = ActivationScheme(bits=8, symmetric=False)
@@ -49,6 +51,73 @@ def quantize_tokens(
     return q, scale, zero
 
 
+# ---- the kernels ----
+
+ELEMENTS = {torch.float16: "F16", torch.bfloat16: "BF16"}
+OUT, BLOCK = 128, 128  # of a block of int8_product: outputs, and inputs that it takes at once
+# Tokens up to which a template serves: sixteenths of its tokens, and blocks of inputs in shared memory.
+TILES = {16: (1, 4), 64: (4, 3), 1 << 31: (8, 3)}
+
+
+def every_template() -> dict[str, list[str]]:
+    """All that can be launched, by file."""
+    products = [f"int8_product<{name}, {tiles}, {stages}>" for name in ELEMENTS.values() for tiles, stages in TILES.values()]
+    flags = [(a, b) for a in ("false", "true") for b in ("false", "true")]
+    return {"int8.cu": products + [f"quantize_tokens<{name}, {a}, {b}>" for name in ELEMENTS.values() for a, b in flags]}
+
+
+def product_launch(
+    xq: Tensor,
+    wq: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    w_colsum: Tensor | None,
+    y: Tensor,
+    n_splits: int,
+    partial: Tensor | None,
+    count: Tensor | None,
+) -> Launch:
+    """The launch into y [tokens, out], with inputs split over n_splits blocks; partial as `partial_sums` says, int32."""
+    tiles, stages = _tiles_of(len(xq))
+    shared = max(stages * (OUT + 16 * tiles) * BLOCK, 4 * (16 * tiles * (OUT + 4) + 1))
+    return Launch(
+        "int8.cu",
+        f"int8_product<{ELEMENTS[y.dtype]}, {tiles}, {stages}>",
+        (-(-len(wq) // OUT), n_splits, -(-len(xq) // (16 * tiles))),
+        128,
+        shared,
+        (xq, wq, x_scale, w_scale, bias, x_zero, w_colsum, y, partial, count, len(xq), len(wq), xq.shape[1]),
+    )
+
+
+def quantize_launch(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float, out: tuple[Tensor, Tensor, Tensor]) -> Launch:
+    """The launch that rounds x [tokens, in] into codes, scales and zero points."""
+    flags = f"{'true' if symmetric else 'false'}, {'false' if gain is None else 'true'}"
+    shared = 32 + 2 * x.shape[1]
+    template = f"quantize_tokens<{ELEMENTS[x.dtype]}, {flags}>"
+    return Launch("int8.cu", template, (len(x), 1, 1), 256, shared, (x, gain, *out, x.shape[1], eps))
+
+
+def _tiles_of(n_tokens: int) -> tuple[int, int]:
+    return next(found for most, found in TILES.items() if n_tokens <= most)
+
+
+def splits_of(n_tokens: int, n_out: int, n_in: int, n_processors: int) -> int:
+    """Over how many blocks the inputs are split: about two blocks for each multiprocessor, and work for each block."""
+    n_outputs = -(-n_out // OUT) * -(-n_tokens // (16 * _tiles_of(n_tokens)[0]))
+    return max(1, min(round(2 * n_processors / n_outputs), n_in // BLOCK // 4))
+
+
+def partial_sums(n_tokens: int, n_out: int, n_splits: int) -> int:
+    """Whole numbers that blocks write for each other."""
+    tokens = 16 * _tiles_of(n_tokens)[0]
+    return n_splits * -(-n_out // OUT) * OUT * -(-n_tokens // tokens) * tokens
+
+
+# ---- the operators ----
+
 torch.library.define(
     "qtool::int8_matmul",
     "(Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale, Tensor? bias, Tensor? x_zero, Tensor? w_colsum, ScalarType dtype) "
@@ -75,6 +144,38 @@ def _matmul_reference(
         product = product - x_zero[:, None] * w_colsum
     y = product.float() * (x_scale[:, None] * w_scale)
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+@torch.library.impl("qtool::int8_matmul", "CUDA")
+def _matmul_on_gpu(
+    xq: Tensor,
+    wq: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    w_colsum: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    (n_tokens, n_in), n_out = xq.shape, len(wq)
+    if n_in % 16:
+        raise QtoolError(f"{n_in} inputs are no multiple of 16, which the int8 kernel needs")
+    if dtype not in ELEMENTS or (bias is not None and bias.dtype != dtype):
+        raise QtoolError(f"outputs in {dtype} have no int8 kernel; float16 and bfloat16 do, with a bias of the same")
+    y = xq.new_empty((n_tokens, n_out), dtype=dtype)
+    if not y.numel():
+        return y
+    n_splits = splits_of(n_tokens, n_out, n_in, n_processors(xq.device))
+    partial, count = None, None
+    if n_splits > 1:
+        partial = xq.new_empty(partial_sums(n_tokens, n_out, n_splits), dtype=torch.int32)
+        count = counters(xq.device, len(partial) // n_splits // OUT)
+    xq, wq = aligned(xq), aligned(wq)
+    run(
+        product_launch(xq, wq, x_scale.contiguous(), w_scale.contiguous(), bias, x_zero, w_colsum, y, n_splits, partial, count),
+        xq.device,
+    )
+    return y
 
 
 def _matmul_shape(
@@ -106,9 +207,21 @@ def _quantize_reference(x: Tensor, symmetric: bool, gain: Tensor | None, eps: fl
     return (codes - OFFSET).to(torch.int8), scale, params.zero.reshape(len(x)).int() - OFFSET
 
 
+@torch.library.impl("qtool::quantize_tokens", "CUDA")
+def _quantize_on_gpu(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in ELEMENTS or (gain is not None and gain.dtype != x.dtype):
+        raise QtoolError(f"inputs in {x.dtype} have no kernel; float16 and bfloat16 do, with a gain of the same")
+    if x.shape[1] % 8:
+        raise QtoolError(f"{x.shape[1]} inputs are no multiple of 8, which loads of 16 bytes need")
+    out = _quantize_shape(x, symmetric, gain, eps)
+    if x.numel():
+        run(quantize_launch(aligned(x), symmetric, gain, eps, out), x.device)
+    return out
+
+
 def _quantize_shape(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(len(x), dtype=torch.float32),
         x.new_empty(len(x), dtype=torch.int32),
     )

@@ -143,11 +143,13 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def counters(device: torch.device, n: int) -> Tensor:
-    """At least n zeros, int32, that kernels of the current stream count in and leave as zeros.
+    """At least n zeros, int32, that kernels count in and leave as zeros.
 
-    They are a stream's own, for kernels of one stream never run at the same time. CUDA graphs recorded on one stream share
-    them: replay those one after another.
+    They are the current stream's own, for kernels of one stream never run at the same time; while a CUDA graph is recorded, the
+    graph's own, which it sets to zero whenever it is replayed.
     """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
     found = _counters.get(key)
@@ -155,3 +157,9 @@ def counters(device: torch.device, n: int) -> Tensor:
         found = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
         _counters[key] = found
     return found
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x as a kernel can read it, 16 bytes at once: in one piece that begins at a multiple of them; x itself where it does."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

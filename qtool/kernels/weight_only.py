@@ -16,6 +16,7 @@ from qtool.errors import QtoolError
 from qtool.formats.scheme import WeightScheme
 from qtool.formats.tensor import QuantizedTensor, with_common_scale
 from qtool.kernels.fragments import (
+    BLOCK,
     from_fragments,
     rows_from_lanes,
     rows_to_lanes,
@@ -23,7 +24,7 @@ from qtool.kernels.fragments import (
     sixteenths_to_lanes,
     to_fragments,
 )
-from qtool.kernels.launch import Launch, counters, n_processors, run
+from qtool.kernels.launch import Launch, aligned, counters, n_processors, run
 
 BITS = (2, 3, 4, 8)
 TABLE_BITS = 4
@@ -180,71 +181,126 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
 
 # ---- the kernels ----
 
-WARPS = 8  # of a block
 FEW = 16  # tokens up to which decode_step serves
+MANY = 256  # tokens above which decoding once and torch's own product are faster
+WARPS = 8  # of a block of decode_step
+# bits: tiles of 16 outputs of a block of decode_step, and blocks of codes that a warp has under way, for 8 and for 16 tokens
+STEP_TILES = {2: ((2, 3), (2, 2)), 3: ((2, 3), (2, 2)), 4: ((2, 4), (4, 2)), 8: ((2, 2), (2, 2))}
+# Of batch: outputs and tokens of a block; bits: blocks of codes under way, and of x in shared memory.
+BATCH_OUT, BATCH_TOKENS, BATCH_THREADS = 128, 64, 128
+BATCH_STAGES = {2: (2, 3), 3: (1, 3), 4: (2, 4), 8: (1, 4)}
+DEQUANTIZE_WARPS = 8  # of a block of dequantize
 
 
-def decode_step(
-    x: Tensor,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    y: Tensor,
-    n_splits: int,
-    partial: Tensor | None,
-    counters: Tensor | None,
+@dataclass(frozen=True)
+class Traits:
+    """What kernels are compiled for: the first parameters of every template."""
+
+    dtype: torch.dtype
+    bits: int
+    has_table: bool
+    scale_dtype: torch.dtype
+    has_zero: bool
+    span: int  # inputs whose sum is scaled at once
+
+    def __str__(self) -> str:
+        element = {torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+        kind = {torch.bfloat16: "BFLOAT", torch.float32: "FLOAT", torch.uint8: "E4M3"}[self.scale_dtype]
+        zero = "true" if self.has_zero else "false"
+        return f"{element}, {'TABLE' if self.has_table else f'W{self.bits}'}, {kind}, {zero}, {self.span}"
+
+
+def traits_of(dtype: torch.dtype, packed: PackedWeight) -> Traits:
+    """The templates for inputs in a dtype."""
+    span = 32 if packed.group == 32 < packed.shape[1] else 64
+    return Traits(dtype, packed.bits, packed.table is not None, packed.scale.dtype, packed.zero is not None, span)
+
+
+def every_template() -> dict[str, list[str]]:
+    """All that can be launched, by file."""
+    scales = [(dtype, zero, span) for dtype in (torch.bfloat16, torch.float32) for zero in (False, True) for span in (32, 64)]
+    weights = [(bits, False, *scale) for bits in BITS for scale in scales]
+    weights += [(TABLE_BITS, True, *scale) for scale in [*scales, (torch.uint8, False, 64)]]
+    traits = [Traits(dtype, *weight) for dtype in (torch.float16, torch.bfloat16) for weight in weights]
+    return {
+        "decode_step.cu": [_step_template(each, n) for each in traits for n in (1, 2)],
+        "batch.cu": [_batch_template(each) for each in traits],
+        "dequantize.cu": [f"dequantize<{each}>" for each in traits],
+    }
+
+
+def _step_template(traits: Traits, n_token_tiles: int) -> str:
+    tiles, depth = STEP_TILES[traits.bits][n_token_tiles - 1]
+    return f"decode_step<{traits}, {tiles}, {n_token_tiles}, {depth}>"
+
+
+def _batch_template(traits: Traits) -> str:
+    depth, stages = BATCH_STAGES[traits.bits]
+    return f"batch<{traits}, {depth}, {stages}>"
+
+
+def product_launch(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, y: Tensor, n_splits: int, partial: Tensor | None, count: Tensor | None
 ) -> Launch:
-    """The launch for up to 16 tokens x [tokens, in] into y [tokens, out], with inputs split over n_splits blocks.
+    """The launch for up to 256 tokens x [tokens, in] into y [tokens, out], with inputs split over n_splits blocks.
 
-    partial: float32, as many as `partial_sums` says, and counters, zeros: of more than one split.
+    Of more than one split partial, float32, has as many as `partial_sums` says, and count one zero for each block's outputs.
     """
-    n_in = x.shape[1]
+    traits = traits_of(x.dtype, packed)
     n_tiles, n_blocks, _ = packed.codes.shape
-    n_token_tiles = 1 if len(x) <= 8 else 2
-    tiles, depth = tiles_of(packed, n_token_tiles)
-    is_grouped = packed.group < n_in
-    kind = {torch.bfloat16: "BFLOAT", torch.float32: "FLOAT", torch.uint8: "E4M3"}[packed.scale.dtype]
-    span = 32 if is_grouped and packed.group == 32 else 64
-    template = (
-        "F16" if x.dtype == torch.float16 else "BF16",
-        f"W{packed.bits}" if packed.table is None else "TABLE",
-        kind,
-        "false" if packed.zero is None else "true",
-        *(span, tiles, n_token_tiles, depth),
+    out, tokens = _block_of(packed, len(x))
+    grid = (-(-16 * n_tiles // out), n_splits, -(-len(x) // tokens))
+    arguments = (
+        *(x, packed.codes, packed.scale, packed.zero, packed.table, bias, y, partial, count),
+        *(len(x), packed.shape[0], x.shape[1], n_blocks, n_tiles, *_groups_of(packed), packed.alpha),
     )
-    shared = WARPS * 8 * n_token_tiles * (16 * tiles + 4) + 1
+    if len(x) <= FEW:
+        shared = WARPS * tokens * (out + 4) + 1
+        return Launch("decode_step.cu", _step_template(traits, tokens // 8), grid, 32 * WARPS, 4 * shared, arguments)
+    _, stages = BATCH_STAGES[packed.bits]
+    shared = max(2 * stages * tokens * BLOCK[packed.bits], 4 * (tokens * (out + 4) + 1))
+    return Launch("batch.cu", _batch_template(traits), grid, BATCH_THREADS, shared, arguments)
+
+
+def dequantize_launch(packed: PackedWeight, w: Tensor) -> Launch:
+    """The launch that decodes into w [out, in], float16 or bfloat16."""
+    n_tiles, n_blocks, _ = packed.codes.shape
+    arguments = (packed.codes, packed.scale, packed.zero, packed.table, w, *packed.shape, n_blocks, n_tiles)
     return Launch(
-        "decode_step.cu",
-        f"decode_step<{', '.join(map(str, template))}>",
-        (n_tiles // tiles, n_splits, 1),
-        32 * WARPS,
-        4 * shared,
-        (
-            *(x, packed.codes, packed.scale, packed.zero, packed.table, bias, y, partial, counters),
-            *(len(x), packed.shape[0], n_in, n_blocks, n_tiles),
-            *(packed.group.bit_length() - 1 if is_grouped else 31, len(packed.scale), packed.alpha),
-        ),
+        "dequantize.cu",
+        f"dequantize<{traits_of(w.dtype, packed)}>",
+        (n_tiles, -(-n_blocks // DEQUANTIZE_WARPS), 1),
+        32 * DEQUANTIZE_WARPS,
+        0,
+        (*arguments, *_groups_of(packed), packed.alpha),
     )
 
 
-def tiles_of(packed: PackedWeight, n_token_tiles: int) -> tuple[int, int]:
-    """Tiles of 16 outputs that a block of decode_step has, and how many blocks of codes a warp has under way."""
-    if packed.bits == 8:
-        return 2, 2
-    return (2, 4) if n_token_tiles == 1 else (4, 2)
+def _groups_of(packed: PackedWeight) -> tuple[int, int]:
+    """By how many bits an input is shifted to give its group, and how many groups there are."""
+    return packed.group.bit_length() - 1 if packed.group < packed.shape[1] else 31, len(packed.scale)
+
+
+def _block_of(packed: PackedWeight, n_tokens: int) -> tuple[int, int]:
+    """Outputs and tokens that one block has."""
+    if n_tokens > FEW:
+        return BATCH_OUT, BATCH_TOKENS
+    n_token_tiles = 1 if n_tokens <= 8 else 2
+    return 16 * STEP_TILES[packed.bits][n_token_tiles - 1][0], 8 * n_token_tiles
 
 
 def splits_of(packed: PackedWeight, n_tokens: int, n_processors: int) -> int:
-    """Over how many blocks decode_step splits the inputs: about two blocks for each multiprocessor, a turn for every warp."""
+    """Over how many blocks the inputs are split: about two blocks for each multiprocessor, and work for each block."""
     n_tiles, n_blocks, _ = packed.codes.shape
-    tiles, _ = tiles_of(packed, 1 if n_tokens <= 8 else 2)
-    wanted = round(2 * n_processors * tiles / n_tiles)
-    return max(1, min(wanted, n_blocks // WARPS))
+    out, tokens = _block_of(packed, n_tokens)
+    n_outputs = -(-16 * n_tiles // out) * -(-n_tokens // tokens)
+    return max(1, min(round(2 * n_processors / n_outputs), n_blocks // WARPS))
 
 
 def partial_sums(packed: PackedWeight, n_tokens: int, n_splits: int) -> int:
-    """Floats that decode_step writes between its blocks."""
-    n_token_tiles = 1 if n_tokens <= 8 else 2
-    return n_splits * len(packed.codes) * 16 * 8 * n_token_tiles
+    """Floats that blocks write for each other."""
+    out, tokens = _block_of(packed, n_tokens)
+    return n_splits * -(-16 * len(packed.codes) // out) * out * -(-n_tokens // tokens) * tokens
 
 
 # ---- the operator ----
@@ -292,17 +348,20 @@ def _on_gpu(
         raise QtoolError(f"inputs in {x.dtype} have no kernel; cast them to float16 or bfloat16")
     if bias is not None and bias.dtype != x.dtype:
         raise QtoolError(f"bias in {bias.dtype} of inputs in {x.dtype}; cast it to {x.dtype}")
-    flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, in]
+    flat = aligned(x.reshape(-1, x.shape[-1]))  # [tokens, in]
     y = x.new_empty((len(flat), out))  # [tokens, out]
     if not y.numel():
         return y.view(*x.shape[:-1], out)
-    if len(flat) > FEW:
-        W = unpack(packed).to(x.dtype)
+    if len(flat) > MANY:
+        W = x.new_empty((out, x.shape[-1]))  # [out, in]
+        run(dequantize_launch(packed, W), x.device)
         return torch.nn.functional.linear(x, W, bias)
     n_splits = splits_of(packed, len(flat), n_processors(x.device))
-    partial = x.new_empty(partial_sums(packed, len(flat), n_splits), dtype=torch.float32) if n_splits > 1 else None
-    count = counters(x.device, len(codes)) if n_splits > 1 else None
-    run(decode_step(flat, packed, bias, y, n_splits, partial, count), x.device)
+    partial, count = None, None
+    if n_splits > 1:
+        partial = x.new_empty(partial_sums(packed, len(flat), n_splits), dtype=torch.float32)
+        count = counters(x.device, len(codes) * -(-len(flat) // BATCH_TOKENS))  # no fewer than blocks' outputs
+    run(product_launch(flat, packed, bias, y, n_splits, partial, count), x.device)
     return y.view(*x.shape[:-1], out)
 
 
