@@ -128,7 +128,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("qtool::int8_matmul", "CPU")
 def _matmul_reference(
     xq: Tensor,
     wq: Tensor,
@@ -146,7 +145,6 @@ def _matmul_reference(
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-@torch.library.impl("qtool::int8_matmul", "CUDA")
 def _matmul_on_gpu(
     xq: Tensor,
     wq: Tensor,
@@ -191,7 +189,6 @@ def _matmul_shape(
     return xq.new_empty((len(xq), len(wq)), dtype=dtype)
 
 
-@torch.library.impl("qtool::quantize_tokens", "CPU")
 def _quantize_reference(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if gain is not None:
         wide = x.float()
@@ -207,7 +204,6 @@ def _quantize_reference(x: Tensor, symmetric: bool, gain: Tensor | None, eps: fl
     return (codes - OFFSET).to(torch.int8), scale, params.zero.reshape(len(x)).int() - OFFSET
 
 
-@torch.library.impl("qtool::quantize_tokens", "CUDA")
 def _quantize_on_gpu(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in ELEMENTS or (gain is not None and gain.dtype != x.dtype):
         raise QtoolError(f"inputs in {x.dtype} have no kernel; float16 and bfloat16 do, with a gain of the same")
@@ -227,5 +223,9 @@ def _quantize_shape(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float)
     )
 
 
+torch.library.impl("qtool::int8_matmul", "CPU", _matmul_reference)
+torch.library.impl("qtool::int8_matmul", "CUDA", _matmul_on_gpu)
+torch.library.impl("qtool::quantize_tokens", "CPU", _quantize_reference)
+torch.library.impl("qtool::quantize_tokens", "CUDA", _quantize_on_gpu)
 torch.library.register_fake("qtool::int8_matmul", _matmul_shape)
 torch.library.register_fake("qtool::quantize_tokens", _quantize_shape)

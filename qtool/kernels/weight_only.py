@@ -312,7 +312,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("qtool::weight_only_matmul", "CPU")
 def _reference(
     x: Tensor,
     codes: Tensor,
@@ -330,7 +329,6 @@ def _reference(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-@torch.library.impl("qtool::weight_only_matmul", "CUDA")
 def _on_gpu(
     x: Tensor,
     codes: Tensor,
@@ -380,4 +378,6 @@ def _shape_of(
     return x.new_empty((*x.shape[:-1], out))
 
 
+torch.library.impl("qtool::weight_only_matmul", "CPU", _reference)
+torch.library.impl("qtool::weight_only_matmul", "CUDA", _on_gpu)
 torch.library.register_fake("qtool::weight_only_matmul", _shape_of)

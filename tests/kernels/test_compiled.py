@@ -7,8 +7,6 @@ from types import ModuleType
 
 import pytest
 
-from qtool.kernels.launch import source, sources_folder
-
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kernel_resources.py"
 
 
@@ -61,10 +59,3 @@ def test_it_compiles_as_it_did(tmp_path: Path, file: str, template: str, archite
         wanted for wanted in WANTED[template.split("<")[0]] if not any(re.fullmatch(f"{wanted}.*", code) for code in found)
     ] == []
     assert [code for code in found if re.match(UNWANTED, code)] == []
-
-
-def test_a_source_holds_each_of_its_headers_once() -> None:
-    text = source("batch.cu")
-    assert '#include "' not in text and "#pragma once" not in text
-    headers = [path for path in sources_folder().glob("*.cuh")]
-    assert headers and all(text.count(path.read_text(encoding="utf-8").splitlines()[0]) == 1 for path in headers)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.errors import QtoolError
+from qtool.kernels import int8
 from qtool.kernels.int8 import matmul_int8, partial_sums, product_launch, quantize_launch, quantize_tokens, splits_of
 from qtool.kernels.launch import Launch
 from tests.kernels.conftest import KernelFault, Schedule, Simulator, poison
@@ -98,6 +100,36 @@ def rounded(compiled: Path, x: Tensor, symmetric: bool, gain: Tensor | None) -> 
     return found[0]
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 20])
+def test_the_operators_do_on_a_gpu_what_they_do_here(compiled: Path, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """What the operators do on a GPU, their launches run by the simulator."""
+
+    def simulate(launch: Launch, _: torch.device) -> None:
+        Simulator(compiled, launch.file, [launch.expression]).run(launch, SCHEDULES[1])
+
+    monkeypatch.setattr(int8, "run", simulate)
+    monkeypatch.setattr(int8, "n_processors", lambda _: 132)
+    monkeypatch.setattr(int8, "counters", lambda _, n: torch.zeros(n, dtype=torch.int32))
+    x = torch.randn(tokens, 1536, generator=torch.Generator().manual_seed(0)).half()
+    rounded = int8._quantize_on_gpu(x, False, None, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(rounded, quantize_tokens(x, False), strict=True))
+    _, wq, _, w_scale, bias, _, sums = parts(1, 70, 1536, False, torch.float16)
+    given = (rounded[0], wq, rounded[1], w_scale, bias, rounded[2], sums)
+    assert torch.equal(int8._matmul_on_gpu(*given, torch.float16), matmul_int8(*given, dtype=torch.float16))
+
+
+def test_what_the_operators_cannot_do_on_a_gpu_is_said() -> None:
+    codes, scale = torch.ones(1, 24, dtype=torch.int8), torch.ones(1)
+    with pytest.raises(QtoolError, match="multiple of 16"):
+        int8._matmul_on_gpu(codes, codes, scale, scale, None, None, None, torch.float16)
+    with pytest.raises(QtoolError, match="outputs in torch.float32"):
+        int8._matmul_on_gpu(codes[:, :16], codes[:, :16], scale, scale, None, None, None, torch.float32)
+    with pytest.raises(QtoolError, match="inputs in torch.float32"):
+        int8._quantize_on_gpu(torch.ones(1, 8), True, None, 0.0)
+    with pytest.raises(QtoolError, match="multiple of 8"):
+        int8._quantize_on_gpu(torch.ones(1, 12).half(), True, None, 0.0)
+
+
 MUTANTS = {
     "no barrier before a place is written again": ("__syncthreads();  // this block is there", "// this block is there"),
     "no barrier before sums": ("__syncthreads();  // the ring becomes sums", ""),
@@ -116,7 +148,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_these_tests_catch(compiled: Path, name: str) -> None:
     dtype = torch.float16
-    given = parts(20, 140, 16 * 41, False, dtype)
+    given = parts(20, 140, 16 * 50, False, dtype)
     expected = matmul_int8(*given, dtype=dtype)
     expression = launch_of(given, 1, dtype)[0].expression
 

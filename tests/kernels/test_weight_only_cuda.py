@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize, to_groups
+from qtool.kernels import weight_only
+from qtool.kernels.launch import Launch
 from qtool.kernels.weight_only import (
     PackedWeight,
     dequantize_launch,
@@ -169,6 +172,46 @@ def test_whole_numbers_come_out_exactly(compiled: Path) -> None:
         case = Case(tensor, pack(tensor), x, None)
         simulator = Simulator(compiled, "decode_step.cu", [expression_of(case)])
         assert torch.equal(run(simulator, case, 1, SCHEDULES[0]), codes.T[first : first + 16].half())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13, 40, 257])
+def test_the_operator_takes_the_kernel_for_its_tokens(compiled: Path, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """What the operator does on a GPU, its launches run by the simulator."""
+    started: list[Launch] = []
+
+    def simulate(launch: Launch, _: torch.device) -> None:
+        started.append(launch)
+        Simulator(compiled, launch.file, [launch.expression]).run(launch, SCHEDULES[1])
+
+    monkeypatch.setattr(weight_only, "run", simulate)
+    monkeypatch.setattr(weight_only, "n_processors", lambda _: 132)
+    monkeypatch.setattr(weight_only, "counters", lambda _, n: torch.zeros(n, dtype=torch.int32))
+    tensor = weights("w4g64-asym", None, 70, 1536, 0)
+    packed = pack(tensor)
+    x = torch.randn(1, tokens, 1536, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(2)).bfloat16()
+    y = weight_only._on_gpu(
+        x, packed.codes, packed.scale, packed.zero, packed.table, bias, packed.bits, 70, packed.group, packed.alpha
+    )
+    assert y.shape == (1, tokens, 70)
+    assert [launch.file for launch in started] == {0: [], 257: ["dequantize.cu"], 40: ["batch.cu"]}.get(
+        tokens, ["decode_step.cu"]
+    )
+    if 0 < tokens < 257:
+        assert started[0].grid[1] == 3, "the inputs are split"
+        assert Case(tensor, packed, x[0], bias).largest_error(y[0]) <= 1
+    else:  # weights are rounded to bfloat16 once more
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, tensor.dequantize().bfloat16(), bias), rtol=0.02, atol=0.2)
+
+
+def test_what_the_operator_cannot_do_on_a_gpu_is_said(compiled: Path) -> None:
+    packed = pack(weights("w4g64", None, 16, 64, 0))
+    rest = (packed.bits, 16, packed.group, packed.alpha)
+    parts = (packed.codes, packed.scale, None, None)
+    with pytest.raises(QtoolError, match="cast them to float16 or bfloat16"):
+        weight_only._on_gpu(torch.ones(1, 64), *parts, None, *rest)
+    with pytest.raises(QtoolError, match="bias in torch.float32"):
+        weight_only._on_gpu(torch.ones(1, 64).half(), *parts, torch.ones(16), *rest)
 
 
 @pytest.mark.parametrize("processors", [1, 46, 132])
