@@ -1,22 +1,22 @@
 // y [tokens, out] = x [tokens, in] W^ᵀ + bias for tens to hundreds of tokens, W^ of few bits; see decode_step.cu.
 //
-// A block has 128 outputs, 64 tokens and a share of the inputs; of its four warps each has half the outputs and half the
-// tokens, 4 tiles of 16 times 4 of 8. x comes to shared memory by cp.async, a ring of STAGES blocks of codes wide; weights go
+// A block has 128 outputs, 16 MT tokens and a share of the inputs; of its four warps each has half the outputs and half the
+// tokens, 4 tiles of 16 times MT of 8. x comes to shared memory by cp.async, a ring of STAGES blocks of codes wide; weights go
 // from memory to registers, DEPTH blocks ahead, and are decoded there. Two warps decode the same weights: that costs less than
 // shared memory would. Of a token's row in shared memory, pieces of 16 bytes change places, by 4 in odd rows, so that the eight
 // lanes that read at once meet eight different ones.
 #include "finish.cuh"
 #include "weights.cuh"
 
-constexpr int NT = 4, MT = 4, ROWS = 32 * NT, TOKENS = 16 * MT, THREADS = 128;
+constexpr int NT = 4, ROWS = 32 * NT, THREADS = 128;
 
-template <class T, int FORMAT, int SCALE, bool ZERO, int SPAN, int DEPTH, int STAGES>
+template <class T, int FORMAT, int SCALE, bool ZERO, int SPAN, int MT, int DEPTH, int STAGES>
 QT_KERNEL void QT_BOUNDS(THREADS, 1)
 batch(const uint16_t* x, const uint32_t* codes, const void* scale, const uint16_t* zero, const float* table,
       const uint16_t* bias, uint16_t* y, float* partial, int* counters, int n_tokens, int n_out, int n_in, int n_blocks,
       int n_tiles, int group_shift, int n_groups, float alpha) {
   using L = Layout<FORMAT>;
-  constexpr int BLOCK = L::BLOCK, PIECES = BLOCK / 8;  // of 16 bytes, of a token
+  constexpr int TOKENS = 16 * MT, BLOCK = L::BLOCK, PIECES = BLOCK / 8;  // pieces of 16 bytes that a token has in a block
   constexpr int SPANS = SCALE == E4M3 ? 1 : BLOCK / SPAN, TILES = L::TILES / SPANS;
   QT_SHARED(uint16_t, ring);  // [STAGES][TOKENS][BLOCK]; at the end float [TOKENS][ROWS + 4] and a flag
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -33,7 +33,7 @@ batch(const uint16_t* x, const uint32_t* codes, const void* scale, const uint16_
 
   auto load_x = [&](int block) {
     if (block < end) {
-#pragma unroll
+#pragma unroll 1  // addresses of all copies at once would take too many registers
       for (int i = 0; i < TOKENS * PIECES / THREADS; i++) {
         int token = (i * THREADS + threadIdx.x) / PIECES, piece = (i * THREADS + threadIdx.x) % PIECES;
         int k = block * BLOCK + 8 * piece;

