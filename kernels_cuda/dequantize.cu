@@ -2,7 +2,7 @@
 // A warp decodes one block of codes of one tile of 16 outputs; each lane writes 8 neighbours of two rows at once.
 #include "weights.cuh"
 
-template <class T, int FORMAT, int SCALE, bool ZERO, int SPAN>
+template <class T, int FORMAT, int SCALE, bool ZERO>
 QT_KERNEL void QT_BOUNDS(256, 1)
 dequantize(const uint32_t* codes, const void* scale, const uint16_t* zero, const float* table, uint16_t* w, int n_out, int n_in,
            int n_blocks, int n_tiles, int group_shift, int n_groups, float alpha) {

@@ -34,7 +34,7 @@ SAMPLE = {
     ),
     "batch.cu": ("batch<BF16, W4, BFLOAT, true, 64, 4, 2, 4>", "batch<F16, W2, FLOAT, false, 32, 2, 1, 3>"),
     "int8.cu": ("int8_product<BF16, 4, 3>", "quantize_tokens<F16, false, true>"),
-    "dequantize.cu": ("dequantize<BF16, W3, FLOAT, true, 32>",),
+    "dequantize.cu": ("dequantize<BF16, W3, FLOAT, true>",),
 }
 
 

@@ -209,7 +209,7 @@ class Traits:
         element = {torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
         kind = {torch.bfloat16: "BFLOAT", torch.float32: "FLOAT", torch.uint8: "E4M3"}[self.scale_dtype]
         zero = "true" if self.has_zero else "false"
-        return f"{element}, {'TABLE' if self.has_table else f'W{self.bits}'}, {kind}, {zero}, {self.span}"
+        return f"{element}, {'TABLE' if self.has_table else f'W{self.bits}'}, {kind}, {zero}"
 
 
 def traits_of(dtype: torch.dtype, packed: PackedWeight) -> Traits:
@@ -227,13 +227,13 @@ def every_template() -> dict[str, list[str]]:
     return {
         "decode_step.cu": [_step_template(each, n) for each in traits for n in (1, 2)],
         "batch.cu": [_batch_template(each) for each in traits],
-        "dequantize.cu": [f"dequantize<{each}>" for each in traits],
+        "dequantize.cu": [f"dequantize<{each}>" for each in traits if each.span == 64],
     }
 
 
 def _step_template(traits: Traits, n_token_tiles: int) -> str:
     tiles, depth = STEP_TILES[traits.bits][n_token_tiles - 1]
-    return f"decode_step<{traits}, {tiles}, {n_token_tiles}, {depth}>"
+    return f"decode_step<{traits}, {traits.span}, {tiles}, {n_token_tiles}, {depth}>"
 
 
 def _batch_tiles(traits: Traits) -> tuple[int, int, int]:
@@ -242,7 +242,7 @@ def _batch_tiles(traits: Traits) -> tuple[int, int, int]:
 
 def _batch_template(traits: Traits) -> str:
     tiles, depth, stages = _batch_tiles(traits)
-    return f"batch<{traits}, {tiles}, {depth}, {stages}>"
+    return f"batch<{traits}, {traits.span}, {tiles}, {depth}, {stages}>"
 
 
 def product_launch(
