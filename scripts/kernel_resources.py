@@ -75,12 +75,12 @@ def find_nvdisasm() -> Path:
 
 
 def opcodes(cubin: bytes, folder: Path) -> list[str]:
-    """The instructions of a compiled kernel, in their order, with their modifiers."""
+    """The instructions of a compiled kernel, in their order, with their modifiers, and of a call where it goes."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     command = [str(find_nvdisasm()), "--print-code", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(CALL[^;]*|[A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
 
 
 def every_template() -> dict[str, list[str]]:
