@@ -4,8 +4,8 @@
     w_k -= e_j U_jk  for every later column k      U [in, in] upper, UᵀU = (H + damp·mean(diag H)·I)⁻¹
 Without sparsity it is quantize/gptq.
 Source: Frantar and Alistarh 2023, arXiv:2301.00774, section 3.5 (joint sparsification and quantization). Differs: ranges are
-fitted beforehand. Where weights are pruned columns keep their order whatever act_order says, as in the paper: neighbours share a
-pattern, and a mask that is chosen by falling diag H loses more.
+fitted beforehand. Where weights are pruned, columns keep their order whatever act_order says, as in the paper: neighbours share
+a pattern, and a mask that is chosen by falling diag H loses more.
 For: few bits and zeros together: better than pruning first, since each error is made up for once.
 Costs: as quantize/gptq.
 """
