@@ -66,6 +66,18 @@ def choose(scores: Tensor, options: SparsitySelection) -> Tensor:
     return smallest(scores.unflatten(1, (-1, of)), of - keep).flatten(1)  # [out, in / M, M] inside
 
 
+def choose_block(scores: Tensor, options: SparsitySelection, start: int) -> Tensor:
+    """Mask [block, out] of the weights that become zero of columns start, start + 1, ..., a column of the matrix a row here.
+
+    All rows of the matrix together, so many that after any block round(sparsity · weights so far) are zero; of N:M in each row.
+    """
+    pattern, (n_columns, n_out) = options.keep_of(), scores.shape
+    if pattern is not None:
+        return smallest(scores.T, pattern[1] - pattern[0]).T
+    n = count(options.sparsity, (start + n_columns) * n_out) - count(options.sparsity, start * n_out)
+    return smallest(scores.flatten(), n).view_as(scores)
+
+
 def check_columns(n_columns: int, of: int) -> None:
     """Raise QtoolError where columns do not divide into neighbourhoods of `of`."""
     if n_columns % of:

@@ -96,6 +96,11 @@ class ColumnRounding:
             left_out = None if self._left_out is None else self._left_out[start:stop].T.contiguous().unsqueeze(1)
             self._fit(slice(g, g + 1), slice(None), now, self._curvature[None, start:stop], left_out)
 
+    def drop(self, start: int, mask: Tensor) -> None:
+        """Let weights of the columns whose turns begin at start become zero; mask [block, out]."""
+        self._pruned[start : start + len(mask)] |= mask
+        self._is_sparse = True
+
     def settle(self, c: int, w: Tensor) -> Tensor:
         """The values [out] of the nearest codes to the column w [out], whose turn is c."""
         w = w.masked_fill(self._pruned[c], 0) if self._is_sparse else w

@@ -2,7 +2,7 @@
 
 The step's folder then holds a config.json and, for every unit of the smaller model, all of its tensors; a ModelHandle with such
 a folder among its changes is that model (see handle.py), so that later steps, evaluations and exports need to know nothing of
-it. Resume: the choice is kept until the step is done, units that stand are not written again, and config.json comes last.
+it. Resume: the choice is kept, units that stand are not written again, and config.json comes last.
 """
 
 import json
@@ -29,7 +29,8 @@ from qtool.pipeline.rotation import trial_tokens
 from qtool.progress import Progress
 from qtool.registry import Method
 
-KEPT, FACTS, TRIED = "cut.safetensors", "cut.json", "tried.json"  # until the step is done
+KEPT, FACTS = "cut.safetensors", "cut.json"  # what was chosen
+TRIED = "tried.json"  # scores of candidates, until the step is done
 SCORED = 16  # windows that candidates are scored on
 
 
@@ -48,8 +49,7 @@ def run_shaping(
         write_cut(cutter, folder.path, progress.advance)
     except QtoolError as error:
         raise QtoolError(f"{method.key}: {error}") from error
-    for name in (KEPT, TRIED):
-        (folder.path / name).unlink(missing_ok=True)
+    (folder.path / TRIED).unlink(missing_ok=True)  # the choice stays: a run killed before the step is recorded asks for it
     shape = {
         "before": asdict(shape_of_model(before)),
         "after": asdict(cut.shape),

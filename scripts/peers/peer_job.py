@@ -47,7 +47,8 @@ INDICES = ("g_idx", "weight_shape", "bias")  # of a linear's stored tensors, wha
 class Job:
     """model: checkpoint folder; tokens: safetensors file; out: folder to create; options: the tool's own arguments.
 
-    format: int, nf4, fp4 (bitsandbytes' table), nvfp4 or mxfp4; group: null for one scale an output channel.
+    format: int, nf4, fp4 (bitsandbytes' table), nvfp4 or mxfp4; group: null for one scale an output channel. Or sparse: weights
+    of 16 bits, of which the share `sparsity` in the options is zero, or all but N of every M where they have a `pattern` N:M.
     inputs: how they are rounded, a key of INPUT_LEVELS; reference: what `write_reference` wrote. Null: weights alone.
     """
 
@@ -214,6 +215,20 @@ def check_levels(job: Job, rounded: dict[str, Tensor]) -> None:
             fail(f"{name}: {levels} levels in one group must be at most {2**job.bits}")
 
 
+def check_zeros(job: Job, weights: dict[str, Tensor]) -> None:
+    """Each linear's weights [out, in] must have as many zeros as the job asks for, or the run fails."""
+    pattern, sparsity = job.options.get("pattern"), float(job.options["sparsity"] or 0)
+    for name, weight in weights.items():
+        if pattern is not None:
+            keep, of = map(int, str(pattern).split(":"))
+            most = int((weight.unflatten(1, (-1, of)) != 0).sum(-1).max())
+            if most > keep:
+                fail(f"{name}: {most} of {of} neighbours stay, must be at most {keep}")
+        share = float((weight == 0).float().mean())
+        if abs(share - sparsity) > 0.001:
+            fail(f"{name}: {share:.4f} of the weights are zero, must be {sparsity}")
+
+
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, outcome: Outcome, sample: Tensor) -> str:
     """Compare a plain model's logits on `sample` [length] with the tool's own, before and with the new weights.
@@ -359,6 +374,15 @@ def run_without_data(tool: str, quantize: Quantize, dequantize: Dequantize, note
     write_result(job, tool, version(tool), outcome, tokens[0])
 
 
+@torch.no_grad()
+def write_sparse(job: Job, tool: str, version: str, model: PreTrainedModel, cost: Cost) -> None:
+    """`write_result` of a model that was pruned in place; its weights stay in 16 bits."""
+    sample = read_tokens(job)[0]
+    logits = model(sample[None]).logits[0].float()  # [length, vocab]
+    weights = {name: parameter.float().contiguous() for name, parameter in model.named_parameters()}
+    write_result(job, tool, version, Outcome(cost.seconds, cost.peak_rss_gib, logits, weights, 16.0, cost.note), sample)
+
+
 def write_result(job: Job, tool: str, version: str, outcome: Outcome, sample: Tensor) -> None:
     """Check the outcome, then write weights.safetensors and result.json into job.out."""
     model = load_plain(job)
@@ -369,7 +393,10 @@ def write_result(job: Job, tool: str, version: str, outcome: Outcome, sample: Te
     rounded = outcome.rounded or {name: outcome.weights[f"{name}.weight"] for name in linears}
     if sorted(rounded) != sorted(linears):
         fail(f"{len(rounded)} rounded weights, must be those of the {len(linears)} linears of the blocks")
-    check_levels(job, rounded)
+    if job.format == "sparse":
+        check_zeros(job, rounded)
+    else:
+        check_levels(job, rounded)
     if job.format == "nvfp4":
         check_e2m1(rounded)
     logits = check_logits(model, outcome, sample)

@@ -5,6 +5,7 @@
 Methods: rtn, gptq, awq, autoround; before rtn and gptq also transforms, with a hyphen: smoothquant-, hadamard- (SpinQuant's
 rotations R1, R2 and R4, random Hadamard matrices, which it does not learn) and quip- (the inputs of all linears rotated while
 the model runs).
+Of a sparse job: sparsegpt, wanda, with the job's sparsity and pattern and else the modifiers' defaults.
 Settings are the tool's own: the scheme is its W4A16 preset (W4A16_ASYM if asymmetric) at the job's bits and group, or
 NVFP4A16; with inputs rounded those of its presets W8A8, W4A8, W4A4, W4AFP8, NVFP4 and MXFP4. Modifiers keep their defaults
 (GPTQ: static activation order, 1% damping; AWQ: its mappings, 20 grid points, duo scaling, then plain rounding; AutoRound: 200
@@ -54,16 +55,16 @@ def scheme_of(job: Job) -> "QuantizationScheme":
 
 
 def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, str]:
-    """Quantize `model` in place with calibration tokens [samples, length]; returns wall seconds and a note."""
-    from llmcompressor import oneshot
+    """Quantize or prune `model` in place with calibration tokens [samples, length]; returns wall seconds and a note."""
     from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import QuIPModifier, SmoothQuantModifier, SpinQuantModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
-    from loguru import logger
 
     *transforms, rounding = job.method.split("-")
+    if job.format == "sparse":
+        return compress(model, tokens, [pruner(job, model)])
     target = {"config_groups": {"group_0": scheme_of(job)}, "ignore": peer_job.head_names(model)}
     if rounding == "awq":
         recipe = [AWQModifier(**job.options), QuantizationModifier(**target)]
@@ -76,10 +77,31 @@ def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, s
             "quip": lambda: QuIPModifier(rotations=["v"], transform_type="random-hadamard", ignore=peer_job.head_names(model)),
         }
         recipe = [*(makers[name]() for name in transforms), modifiers[rounding](**target, **options | job.options)]
-    ones = torch.ones_like(tokens)
-    rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
     needs_none = job.method == "rtn" and job.inputs != "nvfp4"  # whose scale of the whole tensor is found on text
-    data = None if needs_none else DataLoader(rows, batch_size=1)
+    seconds, note = compress(model, None if needs_none else tokens, recipe)
+    patch = "pin_memory patched out; " if rounding == "awq" else ""
+    return seconds, patch + note
+
+
+def pruner(job: Job, model: PreTrainedModel) -> object:
+    """The modifier of a sparse job."""
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
+    structure = {"mask_structure": job.options["pattern"]} if job.options["pattern"] else {}
+    return modifier(sparsity=job.options["sparsity"], targets=["Linear"], ignore=peer_job.head_names(model), **structure)
+
+
+def compress(model: PreTrainedModel, tokens: Tensor | None, recipe: list[object]) -> tuple[float, str]:
+    """Carry out modifiers on `model` in place; returns wall seconds and a note."""
+    from llmcompressor import oneshot
+    from loguru import logger
+
+    data = None
+    if tokens is not None:
+        ones = torch.ones_like(tokens)
+        rows = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(tokens, ones, strict=True)]
+        data = DataLoader(rows, batch_size=1)
 
     messages: list[str] = []
     logger.add(
@@ -92,8 +114,7 @@ def quantize(job: Job, model: PreTrainedModel, tokens: Tensor) -> tuple[float, s
         oneshot(model=model, dataset=data, recipe=recipe)
         seconds = time.perf_counter() - start
     messages += [str(warning.message) for warning in caught]
-    patch = "pin_memory patched out; " if rounding == "awq" else ""
-    return seconds, f"{patch}warnings: {peer_job.count_messages(messages)}"
+    return seconds, f"warnings: {peer_job.count_messages(messages)}"
 
 
 @torch.no_grad()
@@ -124,6 +145,8 @@ def main() -> None:
     linears = peer_job.block_linears(model)
     seconds, note = quantize(job, model, tokens)
     peak = peer_job.peak_rss_gib()
+    if job.format == "sparse":
+        return peer_job.write_sparse(job, "llmcompressor", version("llmcompressor"), model, Cost(seconds, peak, note))
     quantized = [name for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)]
     if sorted(quantized) != sorted(linears):
         peer_job.fail(f"quantized {len(quantized)} modules, must be the {len(linears)} linears of the blocks")

@@ -87,6 +87,26 @@ def dequantize(
     return weights, rounded, n_scales
 
 
+def prune(job: Job, model: PreTrainedModel, tokens: Tensor) -> None:
+    """Carry out a sparse job: the tool's SparseGPT, which takes patterns alone and keeps a mask, not the updated weights."""
+    import modelopt.torch.sparsity as mts
+
+    linears = {"*": {}} | {name: None for name in peer_job.head_names(model)}
+    mode = [("sparsegpt", {"nn.Linear": linears})]
+    batches = [{"input_ids": row[None]} for row in tokens]
+    config = {"data_loader": batches, "collect_func": lambda batch: batch, "device": "cpu", "verbose": False}
+    config |= {"pattern": f"{job.options['pattern']} sparsity"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = time.perf_counter()
+        model = mts.sparsify(model, mode, config=config)
+        seconds = time.perf_counter() - start
+    peak = peer_job.peak_rss_gib()
+    told = peer_job.count_messages(str(warning.message) for warning in caught)
+    model = mts.export(model)
+    peer_job.write_sparse(job, "modelopt", version("nvidia-modelopt"), model, Cost(seconds, peak, f"warnings: {told}"))
+
+
 def main() -> None:
     job = peer_job.read_job()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -96,6 +116,8 @@ def main() -> None:
     tensor_quant.dynamic_block_quantize_op = round_blocks  # see the module docstring
     tokens = peer_job.read_tokens(job)
     model = peer_job.load_plain(job)
+    if job.format == "sparse":
+        return prune(job, model, tokens)
     names = [name for name, _ in model.named_parameters()]
     linears = peer_job.block_linears(model)
     n_weights = peer_job.count_weights(model, linears)

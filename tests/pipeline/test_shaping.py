@@ -82,6 +82,11 @@ def test_units_and_the_choice_that_stand_are_not_made_again(
     assert not (state / "config.json").exists()
     run_recipe(load(path), tmp_path / "out", Silent())
     assert {name: (state / name).stat().st_mtime_ns for name in before} == before
+    whole = exported(tmp_path / "out")
+    (state / "done.json").unlink()  # killed after the last unit, before the step was recorded
+    run_recipe(load(path), tmp_path / "out", Silent())
+    assert {name: (state / name).stat().st_mtime_ns for name in before} == before
+    assert exported(tmp_path / "out") == whole
 
 
 def test_a_finished_run_is_measured_and_exported_anew(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.sparsity import SparsitySelection, check_columns, count, smallest
+from qtool.formats.sparsity import SparsitySelection, check_columns, choose_block
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.sweep import sweep
 from qtool.options import Sequential
@@ -43,18 +43,13 @@ def sparsegpt(W: Tensor, stats: LayerStats, options: SparseGptOptions, note: Cal
         curvature[H.diagonal() == 0] = 0  # a dead column costs nothing, so it goes first
     columns = W.T.contiguous()  # [in, out]
     mask = torch.zeros_like(columns, dtype=torch.bool)  # [in, out]
-    n_out = columns.shape[1]
     pattern = options.keep_of()
     if pattern is not None:
         check_columns(len(columns), pattern[1])
 
     def begin(start: int, stop: int) -> None:
         scores = columns[start:stop].square() * curvature[start:stop, None]  # [block, out]
-        if pattern is not None:
-            mask[start:stop] = smallest(scores.T, pattern[1] - pattern[0]).T
-        else:
-            n = count(options.sparsity, stop * n_out) - count(options.sparsity, start * n_out)
-            mask[start:stop] = smallest(scores.flatten(), n).view_as(scores)
+        mask[start:stop] = choose_block(scores, options, start)
 
     sweep(columns, U, BLOCK if pattern is None else pattern[1], begin, lambda c, w: w.masked_fill(mask[c], 0))
     return columns.T.contiguous()
