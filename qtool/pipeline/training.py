@@ -29,6 +29,7 @@ from qtool.errors import QtoolError
 from qtool.formats.target import Target
 from qtool.layers.learned_codes import LearnedCodes
 from qtool.layers.quant_linear import QuantLinear
+from qtool.layers.trained_linear import trained_linears
 from qtool.linalg.adamw8bit import AdamW8bit
 from qtool.linalg.divergence import distillation_loss
 from qtool.model.course import Course, Trainee, merge, put
@@ -101,6 +102,9 @@ def run_training(
                 windows[len(windows) - options.validation :],
             )
             course = method.run(trainee, options)
+            lost = sorted({f"{name}.weight" for name, _ in trained_linears(student)} & set(zeros))
+            if lost:
+                notes.append(f"zeros do not stay where weights are made of other numbers: {lost[0]} ({len(lost)} linears)")
         if options.recompute:
             stack.enter_context(recomputing(model.block_modules()))
         training = Training(student, targets, method, course, options, windows, seed, folder, ranks, progress)
@@ -224,6 +228,11 @@ class Training:
                 self.carry_out_step(step)
                 if self.options.validation and self.is_measured(step) and self.measure(step):
                     break
+                is_last = step + 1 == self.options.steps and phase + 1 == self.course.phases
+                if (
+                    self.step % self.options.checkpoint_every == 0 and not is_last
+                ):  # after the measurement, which is a part of it
+                    self.save(self.folder.path / "checkpoint.pt")
 
     def carry_out_step(self, step: int) -> None:
         """Gradients, one update, zeros, one line of events."""
@@ -258,9 +267,6 @@ class Training:
                 gradient_norm=float(norm),
                 seconds=round(time.perf_counter() - begun, 4),
             )
-        is_last = self.step == options.steps and self.phase + 1 == self.course.phases
-        if self.step % options.checkpoint_every == 0 and not is_last:
-            self.save(self.folder.path / "checkpoint.pt")
 
     @torch.no_grad()
     def make_zeros(self) -> None:

@@ -52,7 +52,7 @@ def test_two_processes_give_the_losses_and_the_weights_of_one(tmp_path: Path, ti
     training = {"steps": 6, "batch": 4, "lr": 1e-3, "checkpoint_every": 4, "validation": 2, "validate_every": 3}
     steps = [
         {"calibrate/text": {"source": "demo:calibration", "samples": 10, "length": 32}},
-        {"quantize/rtn": {"scheme": "w3a16g32", "ignore": ["lm_head", "*.mlp.*"]}},
+        {"prune/gradual": {"sparsity": 0.5, "every": 1, "steps": 4, "batch": 4, "lr": 1e-3}},  # whole in each process
         {"distill/logits": training},
         {"evaluate/perplexity": {"source": "demo:test", "samples": 2, "length": 32}},
         {"export/safetensors": {}},
@@ -73,9 +73,12 @@ def test_two_processes_give_the_losses_and_the_weights_of_one(tmp_path: Path, ti
     events = [json.loads(line) for line in (tmp_path / "two" / "events.jsonl").read_text().splitlines()]
     assert [row["step"] for row in events if row["event"] == "training"] == list(range(6))
     folders = [sorted((tmp_path / name / "state").glob("*-*"))[1:3] for name in ("one", "two")]
+    done = [json.loads((tmp_path / name / "state/01-prune-gradual/done.json").read_text()) for name in ("one", "two")]
+    assert done[1]["losses"] == pytest.approx(done[0]["losses"], rel=1e-2)
     weights = [ModelHandle(recipe.model, tuple(found)).block(0).module.get_parameter("mlp.up_proj.weight") for found in folders]
-    # Three quarters of a step's rate at most, where AdamW's first steps are signs of gradients near zero.
-    assert torch.allclose(weights[0].float(), weights[1].float(), atol=6e-3, rtol=2**-7)
+    assert all(float((weight == 0).float().mean()) == 0.5 for weight in weights)
+    # AdamW's first steps are signs of gradients, some near zero: the few that differ end a few steps of 1e-3 apart.
+    assert float((weights[0].float() - weights[1].float()).norm() / weights[0].float().norm()) < 0.1
 
 
 def test_shares_of_a_batch_are_all_of_it() -> None:
