@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import yaml
 
 from qtool import registry
 from qtool.errors import QtoolError
+from qtool.layers.quant_linear import QuantLinear
 from qtool.linalg.divergence import kl
 from qtool.methods.distill.logits import LogitsOptions
 from qtool.model.handle import ModelHandle
@@ -48,16 +49,18 @@ def distill(tmp_path: Path, tiny_model: Callable[..., Path], quantized: Callable
     student = quantized(folder, {"q_proj": "w2a16g32", "down_proj": "w2a16g32"})
     tokens = torch.randint(0, 4096, (12, 16), generator=torch.Generator().manual_seed(0))
 
-    def carry_out(name: str, progress: Silent | None = None, **options: object) -> tuple[list[float], Path]:
+    def carry_out(
+        name: str, progress: Silent | None = None, key: str = "distill/logits", **options: object
+    ) -> tuple[list[float], Path]:
         defaults = {"steps": 12, "batch": 4, "lr": 3e-3, "checkpoint_every": 4}
         windows = tokens[: int(str(options.pop("tokens", len(tokens))))]
-        state = StepFolder(RunFolder(tmp_path / name), 0, "distill/logits")
+        state, method = StepFolder(RunFolder(tmp_path / name), 0, key), registry.load(key)
         model = ModelHandle(student.options, (*student.changes, state.path))
         result = run_training(
             model,
             ModelHandle(ModelOptions(path=str(folder))),
-            registry.load("distill/logits"),
-            LogitsOptions.model_validate(defaults | options),
+            method,
+            cast(TrainingOptions, method.options.model_validate(defaults | options)),
             windows,
             seed=3,
             folder=state,
@@ -158,12 +161,16 @@ def test_codes_of_a_lattice_cannot_learn(
 
 
 def test_a_pruned_pattern_survives_training(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
-    recipe = written_recipe(tmp_path, tiny_model, {"steps": 5, "batch": 4, "lr": 1e-3})
+    quantize = {"quantize/gptq": {"scheme": "w4a16g32", "ignore": ["lm_head", "*layers.1.*"]}}
+    recipe = written_recipe(tmp_path, tiny_model, {"steps": 5, "batch": 4, "lr": 1e-3}, quantize)
     run_recipe(recipe, tmp_path / "out", Silent())
     folders = sorted((tmp_path / "out" / "state").glob("*-*"))
     pruned = ModelHandle(recipe.model, tuple(folders[:1])).block(0).linears()
-    trained = ModelHandle(recipe.model, tuple(folders)).block(0).linears()
+    trained = ModelHandle(recipe.model, tuple(folders[:2])).block(0).linears()
+    rounded = ModelHandle(recipe.model, tuple(folders)).block(0).linears()
     for name, linear in trained.items():
+        W = cast(QuantLinear, rounded[name]).weight_values(torch.float32)
+        assert bool((W[pruned[name].get_parameter("weight") == 0] == 0).all()), name
         weight = linear.get_parameter("weight")
         assert torch.equal(weight == 0, pruned[name].get_parameter("weight") == 0), name
         assert not torch.equal(weight, pruned[name].get_parameter("weight")), name
@@ -292,6 +299,39 @@ def test_labels_alone_are_the_cross_entropy_of_the_text_and_need_no_teacher(dist
     assert both == pytest.approx(0.25 * text + 0.75 * teacher, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [("distill/optimal_weight", {"validation": 2}), ("distill/born_again", {"generations": 3, "learn": "dkpp"})],
+)
+def test_a_training_in_phases_resumes_to_the_bit_in_any_of_them(
+    key: str, options: dict[str, object], distill: Distill, tmp_path: Path
+) -> None:
+    options |= {"steps": 4, "checkpoint_every": 3}
+    whole, folder = distill("whole", key=key, **options)
+    assert len(whole) == 12 and whole[4] != whole[0]
+    for stop in (4, 8):  # the progress of every start begins anew: after step 3 of phase 1 and of phase 2
+        with pytest.raises(KeyboardInterrupt):
+            distill("cut", key=key, progress=StopAfter(stop), **options)
+    resumed, cut = distill("cut", key=key, **options)
+    assert resumed == whole and read_all(cut) == read_all(folder)
+    phases = [row["phase"] for row in events(tmp_path / "whole", "training")]
+    assert phases == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_hidden_states_of_a_student_of_another_shape_are_projected(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    teacher = tiny_model("llama", dtype="bfloat16", name="teacher", num_hidden_layers=3)
+    student = tiny_model("llama", name="student", hidden_size=32, head_dim=16, num_attention_heads=2, num_key_value_heads=1)
+    state = StepFolder(RunFolder(tmp_path / "run"), 0, "distill/hidden")
+    handles = [ModelHandle(ModelOptions(path=str(path))) for path in (student, teacher)]
+    method = registry.load("distill/hidden")
+    options = method.options.model_validate({"steps": 12, "batch": 4, "lr": 3e-3, "attention": 1.0, "hidden": 1.0})
+    tokens = torch.randint(0, 4096, (4, 16), generator=torch.Generator().manual_seed(0))
+    result = run_training(*handles, method, cast(TrainingOptions, options), tokens, 0, state, Silent())
+    assert result["losses"][-1] < 0.8 * result["losses"][0]
+    assert all("proj" in name or "norm" in name for name in load_changes(state.unit("block_000")))
+    assert handles[0].model.config._attn_implementation == handles[1].model.config._attn_implementation != "eager"
+
+
 def test_a_training_from_scratch_keeps_the_shape_and_the_zeros_alone(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     recipe = written_recipe(tmp_path, tiny_model, {"steps": 4, "batch": 4, "start": "random", "labels": 1.0})
     run_recipe(recipe, tmp_path / "out", Silent())
@@ -318,12 +358,15 @@ def test_eight_bit_moments_train_as_well_and_resume_to_the_bit(distill: Distill)
     assert resumed == whole and read_all(cut) == read_all(folder)
 
 
-def written_recipe(tmp_path: Path, tiny_model: Callable[..., Path], options: dict[str, object]) -> Recipe:
-    """2:4 by magnitude, then distill/logits with these options."""
+def written_recipe(
+    tmp_path: Path, tiny_model: Callable[..., Path], options: dict[str, object], *after: dict[str, object]
+) -> Recipe:
+    """2:4 by magnitude, then distill/logits with these options, then what comes after."""
     steps = [
         {"calibrate/text": {"source": "demo:calibration", "samples": 8, "length": 32}},
         {"prune/magnitude": {"pattern": "2:4"}},
         {"distill/logits": options},
+        *after,
     ]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": str(tiny_model("llama", dtype="bfloat16")), "pipeline": steps}))
