@@ -16,7 +16,7 @@ runs without fused kernels.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -33,8 +33,8 @@ from qtool.registry import Method
 class HiddenOptions(TrainingOptions):
     """What beside the predictions is compared."""
 
-    hidden: float | Literal["balanced"] = Field(
-        "balanced", ge=0, description="weight of the hidden states' part; balanced: as large as the predictions' in every step"
+    hidden: Annotated[float, Field(ge=0)] | Literal["balanced"] = Field(
+        "balanced", description="weight of the hidden states' part; balanced: as large as the predictions' in every step"
     )
     attention: float = Field(0.0, ge=0, description="weight of the attentions' part; 0: they are not looked at")
     distance: Literal["mse", "cosine"] = Field("mse", description="of hidden states: relative squares, or directions alone")
@@ -72,14 +72,20 @@ def hidden(trainee: Trainee, options: HiddenOptions) -> Course:
     looked: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
     matched = matching(len(trainee.blocks[0]), len(trainee.blocks[1]))
     pairs = list(enumerate(matched))[-1:] if options.pairs == "last" else list(enumerate(matched))
-    handles, before = [], [model.config._attn_implementation for model in models]
+    handles = []
+    configs: dict[int, Any] = {
+        id(config): config for model in models for config in (model.config, model.config.get_text_config())
+    }
     for side, blocks in enumerate(trainee.blocks):
-        if options.attention:
-            models[side].set_attn_implementation("eager")
+        if options.attention:  # a block that was loaded has a copy of the config; the model's own makes the masks
+            configs |= {id(config): config for config in (attention_of(block).config for block in blocks)}
         for index in {pair[side] for pair in pairs}:
             handles.append(blocks[index].register_forward_hook(keep_first(seen[side], index)))
             if options.attention:
                 handles.append(attention_of(blocks[index]).register_forward_hook(keep_second(looked[side], index)))
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values() if options.attention else ():
+        config._attn_implementation = "eager"  # the kernel that gives probabilities
     widths = [int(model.config.get_text_config().hidden_size) for model in models]
     extra = None
     if widths[0] != widths[1]:
@@ -105,8 +111,8 @@ def hidden(trainee: Trainee, options: HiddenOptions) -> Course:
     def finish() -> dict[str, str]:
         for handle in handles:
             handle.remove()
-        for model, implementation in zip(models, before, strict=True):
-            model.set_attn_implementation(implementation)
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
         return {}
 
     return Course(loss=loss, extra=extra, finish=finish)
