@@ -56,16 +56,19 @@ def distill(tmp_path: Path, tiny_model: Callable[..., Path], quantized: Callable
         windows = tokens[: int(str(options.pop("tokens", len(tokens))))]
         state, method = StepFolder(RunFolder(tmp_path / name), 0, key), registry.load(key)
         model = ModelHandle(student.options, (*student.changes, state.path))
-        result = run_training(
-            model,
-            ModelHandle(ModelOptions(path=str(folder))),
-            method,
-            cast(TrainingOptions, method.options.model_validate(defaults | options)),
-            windows,
-            seed=3,
-            folder=state,
-            progress=progress or Silent(),
-        )
+        try:
+            result = run_training(
+                model,
+                ModelHandle(ModelOptions(path=str(folder))),
+                method,
+                cast(TrainingOptions, method.options.model_validate(defaults | options)),
+                windows,
+                seed=3,
+                folder=state,
+                progress=progress or Silent(),
+            )
+        finally:
+            state.run.close()
         return result["losses"], state.path
 
     return carry_out
@@ -327,6 +330,7 @@ def test_hidden_states_of_a_student_of_another_shape_are_projected(tmp_path: Pat
     options = method.options.model_validate({"steps": 12, "batch": 4, "lr": 3e-3, "attention": 1.0, "hidden": 1.0})
     tokens = torch.randint(0, 4096, (4, 16), generator=torch.Generator().manual_seed(0))
     result = run_training(*handles, method, cast(TrainingOptions, options), tokens, 0, state, Silent())
+    state.run.close()
     assert result["losses"][-1] < 0.8 * result["losses"][0]
     assert all("proj" in name or "norm" in name for name in load_changes(state.unit("block_000")))
     assert handles[0].model.config._attn_implementation == handles[1].model.config._attn_implementation != "eager"
