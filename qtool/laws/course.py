@@ -23,7 +23,8 @@ from qtool.registry import Method
 
 STEPS = 4
 STATED: dict[str, Any] = {  # that the few steps see all that happens
-    "steps": STEPS, "every": 1, "validation": 1, "scheme": "w4a16g32", "temperature": 2.0, "end": 0.5, "rank": 4, "stages": 2
+    "steps": STEPS, "every": 1, "validation": 1, "scheme": "w4a16g32", "temperature": 2.0, "end": 0.5, "rank": 4, "stages": 2,
+    "keep": 0.5, "drop": 0.3,
 }  # fmt: skip
 
 

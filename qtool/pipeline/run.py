@@ -71,7 +71,8 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
                 results = run.finish()
         except BaseException as error:
             with contextlib.suppress(OSError):  # such as the full disk that stopped it
-                folder.event("stopped", why=str(error) or type(error).__name__)
+                if ranks.is_first:
+                    folder.event("stopped", why=str(error) or type(error).__name__)
             raise
         finally:
             folder.close()
