@@ -56,19 +56,56 @@ class TrainingOptions(Options):
     """Options of a method that the training driver runs."""
 
     steps: int = Field(200, ge=0, description="optimizer steps")
-    batch: int = Field(8, ge=1, description="windows in one optimizer step")
+    batch: int = Field(8, ge=1, description="windows in one optimizer step, of all processes together")
     accumulate: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps both moments in eight bits: 10 bytes a parameter in place of 16"
+    )
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
     code_lr: float = Field(
         0.0, ge=0, le=1, description="peak learning rate of quantized layers' codes, in units of their scale; 0: they stay"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; then cosine to zero")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine",
+        description="after the warm-up: cosine to zero; wsd, the peak rate until the last `decay`, which falls to zero",
+    )
+    decay: float = Field(0.2, gt=0, le=1, description="share of the steps in which the rate of wsd falls")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     generate: int = Field(
         0, ge=0, description="more windows to train on, which the original writes itself, begun with the calibration's tokens"
     )
+    start: Literal["weights", "random"] = Field(
+        "weights", description="random: the shape alone is kept, and with it zeros; what training from scratch would reach"
+    )
+    labels: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that is the cross-entropy of the text's own next tokens; 1: no teacher"
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="divides both models' logits")
+    top_k: int | None = Field(
+        None, ge=1, description="the teacher's likeliest tokens that count each by itself, the others as one; null: every token"
+    )
+    cache: str | None = Field(
+        None, description="folder that keeps the teacher's top_k of each window, for later runs too; no teacher while it trains"
+    )
+    recompute: bool = Field(False, description="compute blocks' activations again in the way back: less memory, a third slower")
+    validation: int = Field(0, ge=0, description="calibration windows, the last ones, that are held out to measure the loss on")
+    validate_every: int = Field(50, ge=1, description="steps between measurements")
+    patience: int | None = Field(
+        None, ge=1, description="measurements without a new least loss that end the training, at the best weights; null: no end"
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints that a killed run goes on from")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainingOptions":
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than all steps; lower one of them")
+        if self.cache is not None and self.top_k is None:
+            raise ValueError("cache keeps the teacher's likeliest tokens; state how many, such as top_k: 64")
+        if self.patience is not None and not self.validation:
+            raise ValueError("patience looks at windows that are held out; state how many, such as validation: 8")
+        return self
 
 
 class Selection(Options):

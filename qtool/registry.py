@@ -34,7 +34,7 @@ GUIDES = {
     "evaluate": "kl_divergence to compare, perplexity to quote, lm_eval for tasks; generation to read what both models write.",
     "export": "what the runtime reads: gguf for llama.cpp, else compressed_tensors, gptq, ...; safetensors for all the rest.",
 }
-Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "shape", "training"]
+Scope = Literal["linear", "block", "cache", "packed_cache", "attention", "inputs", "model", "shape", "training", "course"]
 
 
 @dataclass(frozen=True)

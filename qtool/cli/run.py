@@ -1,6 +1,7 @@
 """`qtool run`: carry out a recipe, and go on where an interrupted run stopped."""
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -36,6 +37,8 @@ def run(
             from qtool.pipeline.run import run_recipe  # here, because it imports torch
 
             results = run_recipe(loaded, folder, progress, fresh=fresh)
+    if int(os.environ.get("RANK", "0")):
+        return  # one of several processes that torchrun started: the first tells
     if json_only:
         print(json.dumps(results, indent=1))
     else:

@@ -28,6 +28,11 @@ from qtool.laws.cache import (
     the_first_and_the_latest_stay,
     what_was_seen_is_covered,
 )
+from qtool.laws.course import (
+    training_ends_as_sparse_as_asked,
+    training_goes_on_with_the_same_bits,
+    what_trained_is_what_is_kept,
+)
 from qtool.laws.inputs import (
     every_order_of_tokens_gives_the_same_scales,
     no_input_in_the_range_is_further_than_half_a_step,
@@ -141,6 +146,10 @@ LAWS: dict[tuple[str, str], tuple[Law, ...]] = {
         reshaping_is_deterministic,
     ),
     ("distill", "training"): (the_loss_is_smallest_at_the_teacher, the_gradient_is_finite),
+    ("prune", "course"): (training_ends_as_sparse_as_asked, training_goes_on_with_the_same_bits),
+    ("factorize", "course"): (what_trained_is_what_is_kept, training_goes_on_with_the_same_bits),
+    ("quantize", "course"): (what_trained_is_what_is_kept, training_goes_on_with_the_same_bits),
+    ("distill", "course"): (what_trained_is_what_is_kept, training_goes_on_with_the_same_bits),
     ("evaluate", "model"): (evaluating_repeats,),
     ("export", "model"): (exported_bytes_are_the_model,),
 }

@@ -20,6 +20,7 @@ from qtool.artifact import Finding, Metric, Record, Sample
 from qtool.calibration.statistics import LayerStats
 from qtool.calibration.tokens import ASSETS
 from qtool.formats.scheme import Scheme
+from qtool.formats.target import Target
 from qtool.formats.tensor import QuantizedTensor, quantize
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.handle import Block, ModelHandle
@@ -266,7 +267,8 @@ def the_loss_is_smallest_at_the_teacher(method: Method) -> None:
     options, random = sample_options(method), torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 6, 11, generator=random)  # [samples, length, vocab]
     away = torch.randn(2, 6, 11, generator=random)
-    losses = [float(method.run(teacher + step * away, teacher, options)) for step in (0.0, 0.5, 1.0)]
+    labels = teacher.argmax(-1)  # [samples, length]
+    losses = [float(method.run(teacher + step * away, Target(teacher), labels, options)) for step in (0.0, 0.5, 1.0)]
     assert losses == sorted(losses) and losses[0] < losses[1], f"losses by distance: {losses}"
 
 
@@ -276,7 +278,7 @@ def the_gradient_is_finite(method: Method) -> None:
     for size in (1.0, 1e4):
         teacher = size * torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0))
         student = (-teacher).requires_grad_(True)
-        loss = method.run(student, teacher, options)
+        loss = method.run(student, Target(teacher), teacher.argmax(-1), options)
         assert loss.shape == (), f"the loss has shape {tuple(loss.shape)}, must be a scalar"
         (gradient,) = torch.autograd.grad(loss, student)
         assert bool(torch.isfinite(gradient).all()), f"gradients are not finite at logits of size {size:g}"

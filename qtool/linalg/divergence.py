@@ -14,7 +14,16 @@ Source: Kullback and Leibler 1951, doi:10.1214/aoms/1177729694; Fisher informati
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from qtool.formats.target import Target, log_distributions
+
+
+def distillation_loss(student: Tensor, target: Target, temperature: float) -> Tensor:
+    """T² KL(p ‖ q) in nats per token of a student's logits [..., vocab]: p the target's, q the student's, both at T."""
+    q, p = log_distributions(student, target, temperature)  # [tokens, outcomes]
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def kl(original: Tensor, changed: Tensor) -> Tensor:

@@ -347,6 +347,10 @@ class ModelHandle:
     def _blocks_list(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.blocks_name))
 
+    def block_modules(self) -> list[nn.Module]:
+        """Every block as it stands in the model now, in memory or not."""
+        return list(self._blocks_list())
+
     def _find_blocks(self) -> tuple[str, list[nn.Module]]:
         wanted = self.config.get_text_config().num_hidden_layers
         for name, module in self.model.named_modules():

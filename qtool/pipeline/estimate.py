@@ -120,7 +120,8 @@ def changing_cost(model: ModelHandle, step: Step, sizes: Sizes, calibration: tup
     needs = method.needed(options)
     if isinstance(options, TrainingOptions):
         window = length * sizes.all * (FORWARD + FORWARD + BACKWARD)
-        memory = float(IDLE_BYTES + sizes.all * (2 * sizes.itemsize + 16))
+        states = 16 if options.optimizer == "adamw" else 10  # with weights and gradients in float32
+        memory = float(IDLE_BYTES + sizes.all * (2 * sizes.itemsize + states))
         memory += 4 * 4 * options.batch / options.accumulate * length * sizes.vocab
         written = options.generate * length * sizes.all * FORWARD * ALONE
         return Cost(step.key, options.steps * options.batch * window + written, memory, sizes.all * sizes.itemsize)

@@ -68,6 +68,7 @@ class RunFolder:
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl, which stays locked until `close`, so that `is_at_work` can tell."""
         if self._events is None:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._events = (self.path / EVENTS).open("a", encoding="utf-8")
             fcntl.flock(self._events, fcntl.LOCK_SH)
         self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
@@ -119,6 +120,7 @@ class StepFolder:
     """The state of one step."""
 
     def __init__(self, run: RunFolder, index: int, key: str) -> None:
+        self.run = run
         self.path = run.state / f"{index:02d}-{key.replace('/', '-')}"
 
     def result(self) -> dict[str, Any] | None:

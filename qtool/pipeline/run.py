@@ -33,11 +33,12 @@ from qtool.pipeline.checks import check_additions, check_cache, check_recipe, ch
 from qtool.pipeline.distributions import measure_distributions
 from qtool.pipeline.folder import RecordedProgress, RunFolder, StepFolder
 from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, write_beside
+from qtool.pipeline.ranks import Ranks, together
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
 from qtool.pipeline.shaping import run_shaping
 from qtool.pipeline.training import run_training
-from qtool.progress import Progress
+from qtool.progress import Progress, Silent
 from qtool.recipe import CHANGING, Recipe, Step, load
 from qtool.report.card import write_card
 from qtool.report.gates import check_gates
@@ -46,34 +47,45 @@ from qtool.report.results import SCHEMA, export_row, versions
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
-    """Carry out a recipe in the folder `out`; returns what results.json holds."""
+    """Carry out a recipe in the folder `out`; returns what results.json holds.
+
+    Of processes that torchrun started all train, and the first does all the rest.
+    """
     original = check_recipe(recipe)
     original.kept = kept_results()
     folder = RunFolder(out)
-    folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
-    write_text(out / "recipe.yaml", recipe.to_yaml())
-    folder.event("begun", steps=[step.key for step in recipe.steps])
-    try:
-        run = Run(recipe, folder, original, RecordedProgress(folder, progress))
-        for index, step in enumerate(recipe.steps):
-            run.carry_out(index, step)
-        for row in run.exports:
-            run.evaluate_export(row)
-        run.measure_distributions()
-        return run.finish()
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # such as the full disk that stopped it
-            folder.event("stopped", why=str(error) or type(error).__name__)
-        raise
-    finally:
-        folder.close()
+    with together() as ranks:
+        if ranks.is_first:
+            folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
+            write_text(out / "recipe.yaml", recipe.to_yaml())
+            folder.event("begun", steps=[step.key for step in recipe.steps])
+        ranks.wait()
+        try:
+            run = Run(recipe, folder, original, RecordedProgress(folder, progress) if ranks.is_first else Silent(), ranks)
+            for index, step in enumerate(recipe.steps):
+                run.carry_out(index, step)
+            if ranks.is_first:
+                for row in run.exports:
+                    run.evaluate_export(row)
+                run.measure_distributions()
+                results = run.finish()
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # such as the full disk that stopped it
+                if ranks.is_first:
+                    folder.event("stopped", why=str(error) or type(error).__name__)
+            raise
+        finally:
+            folder.close()
+        ranks.wait()
+    return results if ranks.is_first else dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
 
 
 class Run:
     """What the steps of one run share: the tokens, the folders with changes, and what was measured."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, original: ModelHandle, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, original: ModelHandle, progress: Progress, ranks: Ranks) -> None:
         self.recipe = recipe
+        self.ranks = ranks
         self.folder = folder
         self.original = original
         self.progress = progress
@@ -95,8 +107,10 @@ class Run:
     def carry_out(self, index: int, step: Step) -> None:
         """Do one step, or take up what it recorded when it was done before."""
         state = StepFolder(self.folder, index, step.key)
-        result = self._recorded(step, state)
-        self.folder.event("step", key=step.key, done_before=result is not None)
+        result = self._recorded(step, state) if self.ranks.is_first else None
+        is_done = self.ranks.agree(result is not None)
+        if self.ranks.is_first:
+            self.folder.event("step", key=step.key, done_before=is_done)
         if step.method.kind in CHANGING:
             if step.method.kind == "quantize" and self._changed != "quantize":
                 self._unquantized = self._compressed
@@ -104,15 +118,20 @@ class Run:
             self._changed = step.method.kind
             self.changes = (*self.changes, state.path)
             self._compressed = ModelHandle(self.recipe.model, self.changes)
-        if result is None or step.method.kind == "calibrate":
+        is_shared = step.method.kind == "calibrate" or step.method.scope in ("training", "course")
+        if (not is_done and (is_shared or self.ranks.is_first)) or step.method.kind == "calibrate":
             with located(step), Stage(step.key) as stage:
                 result = self._work(step, state)
             result["stage"] = stage.facts | result.get("learned", {})
-            if step.method.kind != "calibrate":
-                state.finish(result)
-            self.folder.event("step_done", key=step.key, **stage.facts)
-            if step.method.scope == "shape":
-                self._compressed = ModelHandle(self.recipe.model, self.changes)  # of other sizes, now that the step is done
+            if self.ranks.is_first:
+                if step.method.kind != "calibrate":
+                    state.finish(result)
+                self.folder.event("step_done", key=step.key, **stage.facts)
+        self.ranks.wait()
+        result = state.result() if result is None else result
+        assert result is not None, f"{step.key}: the first process has finished it"
+        if step.method.scope == "shape" and not is_done:
+            self._compressed = ModelHandle(self.recipe.model, self.changes)  # of other sizes, now that the step is done
         self.stages.append(result["stage"])
         if step.method.kind == "evaluate":
             self.measured[state.path.name] = result
@@ -141,12 +160,15 @@ class Run:
         if method.kind == "calibrate":
             self.progress.stage(step.key, 1)
             self.tokens = method.run(self.original, options, self.recipe.seed)
-            self.folder.record({"text": digest_tokens(self.tokens)})
+            if self.ranks.is_first:
+                self.folder.record({"text": digest_tokens(self.tokens)})
             self.progress.advance(f"{len(self.tokens)} windows of {self.tokens.shape[1]} tokens")
             return {}
-        if method.scope == "training":
-            assert self.tokens is not None, "the recipe check asks for a calibrate step before distill"
-            assert isinstance(options, TrainingOptions), f"{step.key}: options of scope training are TrainingOptions"
+        if isinstance(options, SchemeSelection) and options.scheme == "search":
+            options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
+        if method.scope in ("training", "course"):
+            assert self.tokens is not None, "the recipe check asks for a calibrate step before training"
+            assert isinstance(options, TrainingOptions), f"{step.key}: options of scope {method.scope} are TrainingOptions"
             model, seed = self._compressed, self.recipe.seed
             return run_training(model, self.original, method, options, self.tokens, seed, state, self.progress)
         if method.scope == "shape":
@@ -157,8 +179,6 @@ class Run:
             assert isinstance(options, SearchOptions), f"{step.key}: options of a search are SearchOptions"
             return run_search(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
         if method.kind in CHANGING:
-            if isinstance(options, SchemeSelection) and options.scheme == "search":
-                options = options.model_copy(update={"modules": {**options.modules, **self._schemes}})
             if (method.kind, method.scope) == ("transform", "model"):
                 return run_rotation(self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress)
             unquantized = self._unquantized if method.kind == "factorize" else None

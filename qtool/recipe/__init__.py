@@ -46,6 +46,7 @@ from qtool.recipe.tree import (
 
 Checked = TypeVar("Checked", bound=Options)
 ALWAYS_FED = ("transform", "search", "distill")  # kinds that see text whatever statistics they need, but for single linears
+FED_SCOPES = ("cache", "inputs", "training", "course")  # likewise, of any kind
 CHANGING = ("transform", "quantize", "prune", "factorize", "distill")  # kinds that change the model
 
 
@@ -331,7 +332,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
             pruned = pruned or place(key.start_mark)
         if method.kind == "quantize":
             quantized = quantized or place(key.start_mark)
-        if method.kind == "factorize" and changed != "quantize":
+        if (method.kind, method.scope) == ("factorize", "linear") and changed != "quantize":
             text = f"{method.key} makes up for what quantization took; put it right after a quantize step"
             problems.append((key.start_mark, text))
         leaves_weights = method.scope in ("cache", "packed_cache", "attention", "inputs")
@@ -342,7 +343,7 @@ def _check_steps(items: list[Node], problems: Problems) -> list[Step]:
         if options is not None and (what := method.added(options)):
             additions[method.key] = what
         is_unfed = method.scope == "linear" or (method.kind, method.scope) == ("transform", "model")
-        is_always_fed = method.scope in ("cache", "inputs") or (method.kind in ALWAYS_FED and not is_unfed)
+        is_always_fed = method.scope in FED_SCOPES or (method.kind in ALWAYS_FED and not is_unfed)
         needs_text = is_always_fed or (options is not None and method.needed(options) != ())
         if needs_text and method.kind not in ("calibrate", "evaluate", "export") and calibrated is None:
             problems.append((key.start_mark, f"{method.key} needs calibration text; put calibrate/text before it"))

@@ -30,6 +30,8 @@ def smaller(path: Path) -> list[str]:
             if step.method.kind in ("calibrate", "evaluate"):  # four samples: one for a weight of 1 in 4
                 fewer |= {"samples": 4, "length": 32, "candidates": 8, "bins": 2, "tokens": 5}
             stated = step.options.model_dump()
+            if stated.get("validation"):
+                fewer["validation"] = 1
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(stated.get(name)) is int]
         if step.key in SLOW:
             found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.[1-5].*"]')

@@ -1,0 +1,86 @@
+"""Two processes train as one does: each on its half of every batch, over gloo on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from qtool.model.handle import ModelHandle
+from qtool.pipeline.ranks import Ranks
+from qtool.pipeline.run import run_recipe
+from qtool.progress import Silent
+from qtool.recipe import load
+
+pytestmark = pytest.mark.no_cover  # counting lines in three processes would double the time
+
+
+def start(recipe: Path, out: Path, *overrides: str) -> list[subprocess.Popen[bytes]]:
+    """`qtool run` as two processes, with the environment that torchrun would give them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "qtool", "run", str(recipe), "--out", str(out)]
+    command += [part for override in overrides for part in ("--set", override)]
+    shared = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+                         stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> list[str]:
+    """What each printed, once all have ended well."""
+    try:
+        ended = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], ended
+    return [stdout.decode() for stdout, _ in ended]
+
+
+def test_two_processes_give_the_losses_and_the_weights_of_one(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    training = {"steps": 6, "batch": 4, "lr": 1e-3, "checkpoint_every": 4, "validation": 2, "validate_every": 3}
+    steps = [
+        {"calibrate/text": {"source": "demo:calibration", "samples": 10, "length": 32}},
+        {"prune/gradual": {"sparsity": 0.5, "every": 1, "steps": 4, "batch": 4, "lr": 1e-3}},  # whole in each process
+        {"distill/logits": training},
+        {"evaluate/perplexity": {"source": "demo:test", "samples": 2, "length": 32}},
+        {"export/safetensors": {}},
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": str(tiny_model("llama", dtype="bfloat16")), "pipeline": steps}))
+    recipe = load(path)
+    one = run_recipe(recipe, tmp_path / "one", Silent())
+    said = finish(start(path, tmp_path / "two"))
+    assert "done in" in said[0] and "done in" not in said[1]
+    first, second = (json.loads((tmp_path / name / "state/02-distill-logits/done.json").read_text()) for name in ("one", "two"))
+    # A batch in halves: sums in another order, and bf16 products that differ with the shape of a batch by 2 ** -8.
+    assert second["losses"] == pytest.approx(first["losses"], rel=1e-2)
+    held = [[row["loss"] for row in done["validation"]] for done in (first, second)]
+    assert held[1] == pytest.approx(held[0], rel=1e-2)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["metrics"][1]["value"] == pytest.approx(one["metrics"][1]["value"], rel=1e-2)
+    events = [json.loads(line) for line in (tmp_path / "two" / "events.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in events if row["event"] == "training"] == [*range(4), *range(6)]
+    folders = [sorted((tmp_path / name / "state").glob("*-*"))[1:3] for name in ("one", "two")]
+    done = [json.loads((tmp_path / name / "state/01-prune-gradual/done.json").read_text()) for name in ("one", "two")]
+    assert done[1]["losses"] == pytest.approx(done[0]["losses"], rel=1e-2)
+    weights = [ModelHandle(recipe.model, tuple(found)).block(0).module.get_parameter("mlp.up_proj.weight") for found in folders]
+    assert all(float((weight == 0).float().mean()) == 0.5 for weight in weights)
+    # AdamW's first steps are signs of gradients, some near zero: the few that differ end a few steps of 1e-3 apart.
+    assert float((weights[0].float() - weights[1].float()).norm() / weights[0].float().norm()) < 0.1
+
+
+def test_shares_of_a_batch_are_all_of_it() -> None:
+    rows = torch.arange(7)
+    assert torch.equal(torch.cat([Ranks(rank, 3).share(rows) for rank in range(3)]), rows)
