@@ -151,8 +151,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_one_script_which_its_pol
     assert not re.search(r"url\(|@import|https?://", text.replace(scripted, ""))
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
     width: int, scheme: str, folder: Path, browser: Any
 ) -> None:
