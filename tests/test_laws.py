@@ -19,6 +19,7 @@ from qtool.formats.kivi import KiviScheme
 from qtool.formats.low_rank import LowRank
 from qtool.formats.scheme import SchemeSelection, WeightScheme
 from qtool.formats.sparsity import SparsitySelection, choose
+from qtool.formats.target import Target
 from qtool.formats.tensor import QuantizedTensor, quantize
 from qtool.layers.kivi_cache import KiviCache
 from qtool.model.handle import Block, ModelHandle
@@ -236,12 +237,12 @@ def scale_by_chance(block: Block, scalings: list[Scaling], *rest: object) -> Edi
     return scale_edits(block, scalings[0], torch.rand(64) + 0.5)
 
 
-def not_lowest_at_the_teacher(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
-    return -(student - teacher).square().mean()
+def not_lowest_at_the_teacher(student: Tensor, target: Target, labels: Tensor, options: Options) -> Tensor:
+    return -(student - target.logits).square().mean()
 
 
-def infinite_gradient(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
-    return (student - teacher).exp().sum()
+def infinite_gradient(student: Tensor, target: Target, labels: Tensor, options: Options) -> Tensor:
+    return (student - target.logits).exp().sum()
 
 
 def unrepeatable(model: ModelHandle, reference: ModelHandle, options: Options, seed: int) -> list[Metric]:

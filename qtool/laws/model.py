@@ -60,6 +60,8 @@ def sample_options(method: Method, **stated: object) -> Options:
     """Options of a method that make it cheap, but for those stated; defaults elsewhere."""
     fields = method.options.model_fields
     chosen = {name: value for name, value in SAMPLE_CHOICES.items() if name in fields}
+    if "heads" in chosen and fields["heads"].annotation is bool:
+        del chosen["heads"]  # there it tells whether they are rotated, not how many stay
     if "scheme" in chosen and not fields["scheme"].is_required():
         del chosen["scheme"]  # it goes with another choice than the default
     return method.options.model_validate(chosen | stated)

@@ -28,7 +28,7 @@ def test_tables_name_modules_sizes_runtimes_and_costs(tmp_path: Path) -> None:
 def test_json_has_units_in_its_names_and_nothing_else_on_stdout(tmp_path: Path) -> None:
     code, out, _ = plan(tmp_path, RECIPE, "--json")
     made = json.loads(out)
-    totals = {"seconds", "peak_memory_bytes", "disk_bytes"}
+    totals = {"seconds", "peak_memory_bytes", "disk_bytes", "parameters_before", "parameters_after"}
     assert code == 0 and {"modules", "cache", "cache_bytes_per_token", "attention", "exports", "steps"} | totals == made.keys()
     (export,) = made["exports"]
     refused = {row["runtime"]: row["reason"] for row in export["runtimes"] if not row["serves"]}

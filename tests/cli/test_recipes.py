@@ -47,6 +47,8 @@ def smaller(path: Path, model: Path) -> list[str]:
             fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2, "candidates": 1}
             if step.method.kind in ("calibrate", "evaluate"):  # four samples: one for a weight of 1 in 4
                 fewer |= {"samples": 4, "length": 32, "candidates": 8, "bins": 2, "tokens": 5}
+            if step.key == "evaluate/temperature":
+                found.append(f"pipeline.{number}.temperatures=[1.0]")
             stated = step.options.model_dump()
             if stated.get("validation"):
                 fewer["validation"] = 1
