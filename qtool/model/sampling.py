@@ -9,7 +9,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qtool.errors import QtoolError
+
+
+def check_room(config: PretrainedConfig, length: int, tokens: int, where: str) -> None:
+    """Raise QtoolError where prompts of `length` and what is written after them are longer than the model takes."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length + tokens > limit:
+        raise QtoolError(
+            f"{where}: length {length} and {tokens} written tokens are more than the model's {limit} positions; "
+            "lower one of them"
+        )
 
 
 @torch.no_grad()

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from qtool.artifact import Metric, Sample, mean_metric
 from qtool.calibration.tokens import TextOptions, read_tokens
-from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
-from qtool.model.sampling import continued
+from qtool.model.sampling import check_room, continued
 from qtool.registry import Method
 
 
@@ -75,12 +74,7 @@ def until_end(model: ModelHandle, written: Tensor) -> Tensor:
 
 def check_prompts(model: ModelHandle, options: GenerationOptions) -> None:
     """Raise QtoolError for texts longer than the model takes, or prompts that cannot be had."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and options.length + options.tokens > limit:
-        raise QtoolError(
-            f"evaluate/generation: length {options.length} and {options.tokens} written tokens are more than the model's "
-            f"{limit} positions; lower one of them"
-        )
+    check_room(model.config, options.length, options.tokens, "evaluate/generation")
     read_tokens(options, model.tokenizer, 0)
 
 

@@ -22,7 +22,7 @@ from qtool.artifact import Metric, mean_metric
 from qtool.calibration.tokens import TextOptions, read_tokens
 from qtool.errors import QtoolError
 from qtool.model.handle import ModelHandle
-from qtool.model.sampling import continued
+from qtool.model.sampling import check_room, continued
 from qtool.registry import Method
 
 RUN = 4  # tokens that are one repetition
@@ -82,12 +82,7 @@ def check_prompts(model: ModelHandle, options: TemperatureOptions) -> None:
     """Raise QtoolError for texts longer than the model takes, a temperature below zero, or prompts that cannot be had."""
     if min(options.temperatures) < 0:
         raise QtoolError(f"evaluate/temperature: temperatures holds {min(options.temperatures):g}; must be 0 or more")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and options.length + options.tokens > limit:
-        raise QtoolError(
-            f"evaluate/temperature: length {options.length} and {options.tokens} written tokens are more than the model's "
-            f"{limit} positions; lower one of them"
-        )
+    check_room(model.config, options.length, options.tokens, "evaluate/temperature")
     read_tokens(options, model.tokenizer, 0)
 
 
