@@ -46,6 +46,7 @@ from transformers import (
 
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
+from qtool.linalg.half_products import mixed_precision
 
 ASSETS = Path(__file__).resolve().parent.parent / "qtool" / "assets" / "demo"
 LENGTH = 512  # tokens in a training window, and the model's context
@@ -172,7 +173,7 @@ def build_config(architecture: str, vocabulary: int) -> PretrainedConfig:
 def mean_loss(model: PreTrainedModel, stream: torch.Tensor, windows: int) -> float:
     """Mean next-token loss in nats over the first `windows` windows of the stream."""
     batch = stream[: windows * LENGTH].view(windows, LENGTH)
-    with torch.no_grad(), torch.autocast(stream.device.type, torch.bfloat16):
+    with torch.no_grad(), mixed_precision(stream.device):
         losses = []
         for rows in batch.split(8):
             logits = model(rows).logits.float()
@@ -214,7 +215,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
         rows = data[order[step * batch : (step + 1) * batch]].to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             logits = compiled(rows).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
         loss.backward()

@@ -36,6 +36,7 @@ from qtool.layers.experts import Experts, is_fused
 from qtool.layers.kv_cache import attentions_of, quantize_cache
 from qtool.layers.quant_linear import QuantLinear
 from qtool.layers.rotated_input import carry_rotation, rotate_input
+from qtool.linalg.half_products import HALF, use_float32_units
 from qtool.model.acceleration import Acceleration
 from qtool.model.architectures import is_router
 from qtool.model.checkpoint import Checkpoint
@@ -221,6 +222,8 @@ class ModelHandle:
             del self.config.quantization_config
         stated = getattr(self.config, "dtype", None) or torch.float32
         self.dtype = DTYPES[options.dtype] if options.dtype != "auto" else stated
+        if self.device.type == "cpu" and self.dtype in HALF:
+            use_float32_units()
         place = self._live[0] if self._is_reshaped else self.folder
         self.stated_config: dict[str, Any] = json.loads((place / CONFIG).read_text(encoding="utf-8"))  # config.json's fields
         if self._is_reshaped:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qtool.calibration.tokens import digest_tokens
 from qtool.formats.target import Target, largest
+from qtool.linalg.half_products import mixed_precision
 from qtool.model.checkpoint import open_file
 from qtool.model.handle import BATCH, ModelHandle
 from qtool.model.store import write_atomically
@@ -40,7 +41,7 @@ class Live:
 
     def of(self, places: Tensor, rows: Tensor) -> Target:
         assert self.model is not None, "in_memory loads a teacher where the loss looks at one"
-        with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16):
+        with torch.no_grad(), mixed_precision(rows.device):
             logits = self.model(rows, use_cache=False).logits
         return largest(logits, self._options.top_k, self._options.temperature)
 

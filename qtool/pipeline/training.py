@@ -32,6 +32,7 @@ from qtool.layers.quant_linear import QuantLinear
 from qtool.layers.trained_linear import trained_linears
 from qtool.linalg.adamw8bit import AdamW8bit
 from qtool.linalg.divergence import distillation_loss
+from qtool.linalg.half_products import mixed_precision
 from qtool.model.course import Course, Trainee, merge, put
 from qtool.model.handle import BATCH, ModelHandle
 from qtool.model.linear import is_linear
@@ -301,7 +302,7 @@ class Training:
         told = self.course.share()
         share = self.options.labels if told is None else told
         target = self.targets.of(places, rows) if share < 1 else None
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             logits = self.student(rows, use_cache=False).logits
         labels = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], NO_LABEL)], dim=1)  # [batch, length]
         if target is None:

@@ -38,7 +38,7 @@ def smaller(path: Path, model: Path) -> list[str]:
     """Overrides that leave every step in and take seconds."""
     found = [f"model={model}", "gates={}"]
     for number, step in enumerate(load(path).steps, 1):
-        if step.key in ("calibrate/text", "evaluate/perplexity", "evaluate/kl_divergence"):
+        if step.key in ("calibrate/text", "evaluate/perplexity", "evaluate/kl_divergence", "evaluate/calibration_error"):
             split = "calibration" if step.key == "calibrate/text" else "test"
             found.append(f"pipeline.{number}={{source: demo:{split}, samples: 2, length: 32}}")
         elif step.key == "evaluate/lm_eval":

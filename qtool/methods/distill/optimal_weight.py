@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
+from qtool.linalg.half_products import mixed_precision
 from qtool.model.course import Course, Trainee
 from qtool.options import TrainingOptions
 from qtool.registry import Method
@@ -31,7 +32,7 @@ def inner_products(A: nn.Module, B: nn.Module, windows: Tensor, device: torch.de
     along = length = 0.0
     for window in windows.split(1):
         rows = window.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             a, b = (model(rows, use_cache=False).logits[0, :-1].float().softmax(-1) for model in (A, B))
         D = a - b  # [tokens, vocab]
         along += float(D.gather(1, rows[0, 1:, None]).sum() - (b * D).sum())
