@@ -8,6 +8,7 @@ the same road. Listing reads docstrings and imports no method, so `qtool --help`
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -137,6 +138,12 @@ class MethodInfo:
 
 def list_methods() -> dict[str, MethodInfo]:
     """Every method by key, built-ins first by kind, then by name."""
+    return {key: MethodInfo(key, module, _docstring(key, module)) for key, module in _modules().items()}
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """The module of every method by its key, in the order of listings; found once, as what is installed stays."""
     modules = {}
     for path in sorted((Path(__file__).parent / "methods").glob("*/*.py")):
         if path.stem != "__init__":
@@ -147,18 +154,18 @@ def list_methods() -> dict[str, MethodInfo]:
         if entry.name.split("/")[0] not in KINDS or entry.name.count("/") != 1:
             raise QtoolError(f"the plugin {entry.value} is named {entry.name}; write kind/name, kind of: {', '.join(KINDS)}")
         modules[entry.name] = entry.value
-    keys = sorted(modules, key=lambda key: (KINDS.index(key.split("/")[0]), key))
-    return {key: MethodInfo(key, modules[key], _docstring(key, modules[key])) for key in keys}
+    return dict(sorted(modules.items(), key=lambda item: (KINDS.index(item[0].split("/")[0]), item[0])))
 
 
 def load(key: str) -> Method:
     """Import one method; raises QtoolError with the nearest key where there is none."""
-    methods = list_methods()
-    if key not in methods:
-        raise QtoolError(f'there is no method "{key}"{nearest(key, methods)}')
-    module = importlib.import_module(methods[key].module)
+    modules = _modules()
+    if key not in modules:
+        raise QtoolError(f'there is no method "{key}"{nearest(key, modules)}')
+    _docstring(key, modules[key])
+    module = importlib.import_module(modules[key])
     if not isinstance(getattr(module, "METHOD", None), Method):
-        raise QtoolError(f"{key}: {methods[key].module} defines no METHOD = Method(...)")
+        raise QtoolError(f"{key}: {modules[key]} defines no METHOD = Method(...)")
     method: Method = module.METHOD
     return replace(method, key=key)
 
