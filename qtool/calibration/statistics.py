@@ -11,17 +11,20 @@ has no full rank then, comes out further from positive definite than damping bri
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qtool.model.linear import shape_of
 from qtool.options import Needs
 
 STRIP = 128  # narrowest strip of columns whose matrix product still runs at full speed
 N_STRIPS = 8  # most strips: 8 do 9/16 of the whole product's work
 CHUNK = 512  # tokens taken in at once on a CPU: few enough to stay in its cache
 SAMPLE = 2048  # most tokens of a sample
+OBSERVED = 8  # windows of one forward of a whole model
 
 
 class LayerStats:
@@ -137,3 +140,33 @@ class LayerStats:
         """Tokens of the input as they came, each with the same chance, [tokens, in], at most SAMPLE."""
         assert "sample" in self._needs, "sample() of statistics gathered without it"
         return self._sample
+
+
+@torch.no_grad()
+def observe_inputs(model: nn.Module, names: Sequence[str], windows: Tensor) -> dict[str, LayerStats]:
+    """Hessians of the inputs of linears, by full name, of a whole model in memory that reads windows [samples, length].
+
+    Linears that are called one after the other with one tensor share their statistics.
+    """
+    stats: dict[str, LayerStats] = {}
+    device = next(model.parameters()).device
+    latest: list[tuple[Tensor, LayerStats]] = []
+
+    def look(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if latest and latest[0][0] is args[0]:
+            stats.setdefault(name, latest[0][1])
+            return
+        found = stats.setdefault(name, LayerStats(shape_of(module)[1], ("hessian",), device))
+        found.update(args[0])
+        latest[:] = [(args[0], found)]
+
+    layers = {name: model.get_submodule(name) for name in names}
+    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in layers.items()]
+    for rows in windows.split(OBSERVED):
+        model(rows.to(device), use_cache=False)
+        latest.clear()
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers.items():
+        stats.setdefault(name, LayerStats(shape_of(layer)[1], ("hessian",), device))  # nothing came to it
+    return stats

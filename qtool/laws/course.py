@@ -60,7 +60,7 @@ class Trial:
     def backward(self, rows: Tensor, labels: Tensor) -> float:
         with torch.no_grad():
             target = Target(self.teacher(rows, use_cache=False).logits)
-        logits = self.student(rows, use_cache=False).logits
+        logits = self.course.logits(self.student, rows)
         loss = distillation_loss(logits, target, 1.0) if self.course.loss is None else self.course.loss(logits, target, labels)
         penalty = self.course.penalty()
         (loss if penalty is None else loss + penalty).backward()
@@ -108,7 +108,7 @@ def in_training(method: Method, folder: Path, **stated: object) -> Iterator[Tria
         linears = tuple(name for name in models[0].linear_names() if name != "lm_head")
         trainee = Trainee(
             student, teacher, (models[0].block_modules(), models[1].block_modules()), linears, STEPS, 0,
-            lambda text: None, taught.append, sample_tokens()[2:],
+            lambda text: None, taught.append, sample_tokens()[2:], sample_tokens()[:2], models[0],
         )  # fmt: skip
         course: Course = method.run(trainee, options)
         extra = [] if course.extra is None else list(course.extra.parameters())

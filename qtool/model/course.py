@@ -17,6 +17,7 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.target import Target
 from qtool.layers.rotated_input import carry_rotation
 from qtool.layers.trained_linear import TrainedLinear, trained_linears
+from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
 from qtool.model.wiring import oriented
 
@@ -36,6 +37,8 @@ class Trainee:
     note: Callable[[str], None]
     teach: Callable[[nn.Module], None]  # from now on another model is the teacher
     held_out: Tensor  # windows [samples, length] that nothing trains on
+    windows: Tensor  # windows [samples, length] to train on
+    model: ModelHandle  # what the student was made of
 
     def replace(self, make: Callable[[Tensor], nn.Module]) -> dict[str, nn.Module]:
         """Let `make`, of weights [out, in], give the form of every chosen linear; returns the forms by name."""
@@ -52,12 +55,19 @@ def _leave(*_: Any) -> None:
     return None
 
 
+def whole_logits(student: nn.Module, rows: Tensor) -> Tensor:
+    """Logits [batch, length, vocab] of the student for tokens [batch, length]."""
+    logits: Tensor = student(rows, use_cache=False).logits
+    return logits
+
+
 @dataclass(frozen=True)
 class Course:
     """What happens around a step; every part that is left away does nothing."""
 
     before_step: Callable[[int], None] = _leave
     gradients: Callable[[int, Backward], float] = lambda step, backward: backward()
+    logits: Callable[[nn.Module, Tensor], Tensor] = whole_logits  # of the student, or a part of it, for tokens [batch, length]
     loss: Callable[[Tensor, Target, Tensor], Tensor] | None = None  # of the student's logits [..., vocab], the target and
     # labels [...]; None: forward KL
     penalty: Callable[[], Tensor | None] = _leave  # added to the loss of every forward

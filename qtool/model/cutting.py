@@ -106,6 +106,22 @@ class Cutter:
         self._check_forms(found)
         return found
 
+    def parameters_of(self, whole: nn.Module) -> dict[str, Tensor]:
+        """The smaller model's parameters by its names, made of those of the whole one in memory, which gradients reach."""
+        found = {}
+        for name, p in whole.named_parameters(remove_duplicate=False):
+            if (renamed := self._renamed(name)) is not None:
+                found[renamed] = self._cut(name, p)
+        return found
+
+    def _renamed(self, name: str) -> str | None:
+        """The name of a tensor in the smaller model; None where its block or its expert goes."""
+        renamed, prefix = self._renumbered(name), f"{self.model.blocks_name}."
+        if renamed is None or not renamed.startswith(prefix):
+            return renamed
+        index, _, local = renamed.removeprefix(prefix).partition(".")
+        return f"{prefix}{self.cut.blocks.index(int(index))}.{local}" if int(index) in self.cut.blocks else None
+
     def _check_forms(self, found: dict[str, Tensor]) -> None:
         for name, tensor in found.items():
             form = self.target.model.state_dict()[name].shape

@@ -128,6 +128,24 @@ def check_sizes(shape: Shape, old: Shape, model: ModelHandle) -> None:
         raise QtoolError(f"{shape.experts} experts are less than the {chosen} that each token goes to; keep {chosen} or more")
 
 
+def with_sizes(old: Shape, stated: dict[str, int]) -> Shape:
+    """The shape with these sizes by axis; key/value heads follow heads where each has its own.
+
+    Raises QtoolError where heads and key/value heads do not go together.
+    """
+    sizes = dict(stated)
+    if old.heads == old.kv_heads and "heads" in stated:
+        sizes.setdefault("kv_heads", stated["heads"])
+    shape = replace(old, **sizes)
+    if old.heads == old.kv_heads and shape.kv_heads != shape.heads:
+        raise QtoolError("each head has keys and values of its own; leave kv_heads away, it follows heads")
+    if shape.heads // shape.kv_heads > old.heads // old.kv_heads:
+        raise QtoolError(
+            f"{old.heads // old.kv_heads} heads share a key/value head, more than that cannot stay of a group; lower heads too"
+        )
+    return shape
+
+
 def check_smaller(shape: Shape, old: Shape) -> None:
     """Raise QtoolError where a count is more than there is, or nothing gets smaller."""
     for axis in old.changed_axes(shape):

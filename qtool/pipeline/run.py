@@ -27,6 +27,7 @@ from qtool.model.acceleration import Acceleration, device_of_runtime
 from qtool.model.handle import ModelHandle
 from qtool.model.kept import kept_results
 from qtool.model.store import LOW_RANK, write_text
+from qtool.model.submodels import Submodels, cutter_of
 from qtool.options import ModelOptions, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
@@ -36,7 +37,7 @@ from qtool.pipeline.measuring import Measurement, as_results, joined, measure, o
 from qtool.pipeline.ranks import Ranks, together
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
-from qtool.pipeline.shaping import run_shaping
+from qtool.pipeline.shaping import run_shaping, write_cut
 from qtool.pipeline.training import run_training
 from qtool.progress import Progress, Silent
 from qtool.recipe import CHANGING, Recipe, Step, load
@@ -391,8 +392,11 @@ def tell_of_kept(original: ModelHandle, progress: Progress) -> None:
         progress.note(original.kept.notes.pop(0))
 
 
-def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Artifact:
-    """Write one more export of a finished run; key is `export/<format>` or the format alone."""
+def export_run(run: Path, key: str, out: Path | None, progress: Progress, submodel: str | None = None) -> Artifact:
+    """Write one more export of a finished run; key is `export/<format>` or the format alone.
+
+    submodel: the name of one that the run's last step with sub-models trained; the export is of that, as the step left it.
+    """
     from qtool import registry
 
     key = key if key.startswith("export/") else f"export/{key}"
@@ -402,19 +406,46 @@ def export_run(run: Path, key: str, out: Path | None, progress: Progress) -> Art
     recipe, changes = finished_run(run)
     method = registry.load(key)
     step = Step(key=key, method=method, options=method.options(), where="qtool export")
-    model = ModelHandle(recipe.model, changes)
-    check_step(step, model)
-    progress.stage(key, 1)
-    artifact = write_export(model, step, out or run / "exports" / key.removeprefix("export/"))
+    format = key.removeprefix("export/")
+    out = out or run / "exports" / (format if submodel is None else f"{format}-{submodel}")
     original = ModelHandle(recipe.model)
-    if (run / "results.json").is_file():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    else:  # the run has not come to its end: nothing is measured yet
+    with contextlib.ExitStack() as stack:
+        if submodel is not None:
+            cut = out.with_name(f".{out.name}.cut")
+            stack.callback(shutil.rmtree, cut, ignore_errors=True)
+            changes = (*cut_submodel(recipe, changes, submodel, cut), cut)
+        model = ModelHandle(recipe.model, changes)
+        check_step(step, model)
+        progress.stage(key, 1)
+        artifact = write_export(model, step, out)
         about = {"revision": original.revision, **describe_model(original, model)}
+    if submodel is None and (run / "results.json").is_file():
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    else:  # a sub-model, or the run has not come to its end: nothing is measured
         results = {"metrics": [], "model": about, "versions": versions()}
-    write_card(artifact.path, recipe, original.folder, results, export_row(artifact, str(artifact.path)))
+    row = {**export_row(artifact, str(artifact.path)), "submodel": submodel}
+    write_card(artifact.path, recipe, original.folder, results, row)
     progress.advance(str(artifact.path))
     return artifact
+
+
+def cut_submodel(recipe: Recipe, changes: tuple[Path, ...], name: str, out: Path) -> tuple[Path, ...]:
+    """Write a sub-model's units and config into the folder `out`; returns the changes that it was cut from."""
+    changing = [step for step in recipe.steps if step.method.kind in CHANGING]
+    last = max((place for place, step in enumerate(changing) if isinstance(step.options, Submodels)), default=None)
+    if last is None:
+        raise QtoolError("--submodel: the run trains no sub-models; put distill/sortednet into its recipe, or leave it away")
+    options = changing[last].options
+    assert isinstance(options, Submodels), "so the last such step was found"
+    if name not in options.submodels:
+        raise QtoolError(f'--submodel: {changing[last].key} has none named "{name}"{nearest(name, options.submodels)}')
+    before = changes[: last + 1]
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        write_cut(cutter_of(ModelHandle(recipe.model, before), options.submodels[name]), out)
+    except OSError as error:
+        raise QtoolError(f"--submodel: cannot write {out}: {error.strerror}; free space or choose another --out") from error
+    return before
 
 
 def finished_run(run: Path) -> tuple[Recipe, tuple[Path, ...]]:

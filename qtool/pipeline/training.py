@@ -100,6 +100,8 @@ def run_training(
                 notes.append,
                 lambda new: setattr(targets, "model", new),
                 windows[len(windows) - options.validation :],
+                windows[: len(windows) - options.validation],
+                model,
             )
             course = method.run(trainee, options)
             lost = sorted({f"{name}.weight" for name, _ in trained_linears(student)} & set(zeros))
@@ -302,7 +304,7 @@ class Training:
         share = self.options.labels if told is None else told
         target = self.targets.of(places, rows) if share < 1 else None
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.student(rows, use_cache=False).logits
+            logits = self.course.logits(self.student, rows)
         labels = torch.cat([rows[:, 1:], torch.full_like(rows[:, :1], NO_LABEL)], dim=1)  # [batch, length]
         if target is None:
             return cross_entropy(logits, labels)

@@ -43,6 +43,8 @@ def card_of(recipe: Recipe, original: Path, results: dict[str, Any], export: dic
     kept = "decodes to exactly the weights that were measured as compressed" if export["lossless"] else (
         "holds the compressed weights rounded once more to what its format has; the column of the export is what counts"
     )  # fmt: skip
+    if export.get("submodel") is not None:
+        kept = f"holds the sub-model {export['submodel']} of the recipe's model, which the run did not measure"
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}, compressed ({export['format']})\n",

@@ -53,6 +53,8 @@ def smaller(path: Path, model: Path) -> list[str]:
             if stated.get("validation"):
                 fewer["validation"] = 1
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(stated.get(name)) is int]
+        if step.key == "distill/sortednet":  # sizes that two blocks have
+            found.append(f"pipeline.{number}.submodels={{small: {{blocks: 1, neurons: 512}}}}")
         if step.key in SLOW:
             found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.1.*"]')
     return found

@@ -2,8 +2,8 @@
 
     L = sum over i in K of p_i (log p_i - log q_i)  +  lam sum over i not in K of q_i (log q_i - log p_i)
     K the `k` likeliest tokens of p    p = softmax(teacher / T), q = softmax(student / T) [tokens, vocab];  times T²
-Source: Yang et al. 2025, arXiv:2501.06218. Differs: experimental; its formula was not at hand, and this is a reading of its
-description, explicit knowledge of few tokens balanced with implicit knowledge of the rest.
+Source: Ding et al. 2025, arXiv:2501.06218 (Dissecting Bit-Level Scaling Laws in Quantizing Vision Generative Models). Differs:
+its formula was not at hand; this is a reading of its abstract, which balances explicit with implicit knowledge.
 For: comparisons at three bits and below; distill/logits is the plain choice.
 Costs: training: 16 bytes a parameter and the original beside it.
 """

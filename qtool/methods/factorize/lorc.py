@@ -6,8 +6,7 @@
 With M = I the columns of U_r are E's left singular vectors and s its singular values, so this is the paper's truncated SVD,
 each value shared in halves. In general they are those of E M^½, whose best approximation U_r U_rᵀ E M^½ needs no M^-½.
 Source: Yao et al. 2023, arXiv:2303.08302 (ZeroQuant-V2), section 5; weighting: Zhang et al. 2024, arXiv:2410.06040 (QERA).
-Why eigenvectors and not an SVD of E M^½: M may be singular, and neither its root nor its inverse is formed. With E = Q R
-they are Q times those of R M Rᵀ, which is never larger than the smaller side of E.
+How they are found, without M's root or its inverse: linalg/low_rank.py.
 For: what is left of the loss after quantizing, where the runtime runs a low-rank part beside the codes.
 Costs: one decomposition for each linear; 0.03 bits per weight at rank 8 in int8 of a 4096 matrix, two thin products at run
 time.
@@ -16,13 +15,13 @@ time.
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRank, LowRankSelection
+from qtool.linalg.low_rank import directions, factors
 from qtool.options import Needs, Sequential
 from qtool.registry import Method
 
@@ -41,26 +40,20 @@ def lorc(E: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callab
     """Factors of E [out, in] float32; raises QtoolError where E has not so many ranks, or something is not finite."""
     if options.rank > min(E.shape):
         raise QtoolError(f"rank {options.rank} is more than a matrix of {tuple(E.shape)} has; use {min(E.shape)} or less")
-    Q, R = torch.linalg.qr(E)  # [out, least], [least, in], least = min(out, in)
-    G = weigh(R, stats, options, note) @ R.T  # [least, least]
-    if not torch.isfinite(G).all():
-        raise QtoolError("weights or inputs hold NaN or infinity; check the model's weights and load it with dtype: float32")
-    U = Q @ torch.linalg.eigh(G).eigenvectors.flip(1)[:, : options.rank]  # [out, rank], strongest first
-    B = U.T @ E  # [rank, in]
-    half = B.norm(dim=1, keepdim=True).sqrt()  # [rank, 1]
-    return LowRank(U * half.T, B / half.clamp_min(torch.finfo(half.dtype).tiny))
+    U, _ = directions(E, metric(stats, options, note))  # [out, least]
+    return LowRank(*factors(E, U[:, : options.rank]))
 
 
-def weigh(R: Tensor, stats: LayerStats | None, options: LorcOptions, note: Callable[[str], None]) -> Tensor:
-    """R M, of the shape of R [least, in]."""
+def metric(stats: LayerStats | None, options: LorcOptions, note: Callable[[str], None]) -> Tensor | None:
+    """M [in, in], its diagonal [in], or None for the identity."""
     if options.weighting == "plain":
-        return R
+        return None
     assert stats is not None, "a weighting by inputs runs on statistics"
     if stats.n_tokens == 0:
         note("no calibration token reached it; its error is made least without weighting")
-        return R
+        return None
     H = stats.hessian()  # [in, in]
-    return R * H.diagonal() if options.weighting == "activation" else R @ H
+    return H.diagonal() if options.weighting == "activation" else H
 
 
 def needs(options: LorcOptions) -> Needs:

@@ -2,7 +2,8 @@
 
     S_e = mean over the tokens t routed to e of  p_e(t) ‖f_e(t)‖₂      p_e the router's weight, f_e the expert's output
 The `keep` experts of greatest S stay in every block, and the router chooses among them alone.
-Source: Lasby et al. 2025, arXiv:2510.13999 (REAP), equation 9. Differs: nothing.
+Source: Lasby et al. 2025, arXiv:2510.13999 (REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression). Differs:
+nothing.
 For: mixtures whose experts do not fit into memory; one shot, without training.
 Costs: one pass over the text, and writing the smaller model.
 """

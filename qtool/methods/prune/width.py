@@ -12,16 +12,14 @@ Costs: one pass over the text, and writing the smaller model.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.calibration.importance import Importance, head_partners, kept_units
-from qtool.errors import QtoolError
 from qtool.model.cutting import Cut
 from qtool.model.handle import ModelHandle
-from qtool.model.shape import Shape, check_smaller, shape_of_model
+from qtool.model.shape import Shape, check_smaller, shape_of_model, with_sizes
 from qtool.options import Options
 from qtool.registry import Method
 
@@ -76,16 +74,7 @@ def residual(scores: dict[str, Tensor], kept: dict[str, Tensor], old: Shape) -> 
 def shape_after(model: ModelHandle, options: WidthOptions) -> Shape:
     """The model's shape with these sizes; raises QtoolError where they are none that it can have."""
     old = shape_of_model(model)
-    stated = {size: value for size in SIZES if (value := getattr(options, size)) is not None}
-    if old.heads == old.kv_heads and "kv_heads" not in stated and "heads" in stated:
-        stated["kv_heads"] = stated["heads"]
-    if old.heads == old.kv_heads and stated.get("kv_heads", old.kv_heads) != stated.get("heads", old.heads):
-        raise QtoolError("each head has keys and values of its own; leave kv_heads away, it follows heads")
-    if stated.get("heads", old.heads) // stated.get("kv_heads", old.kv_heads) > old.heads // old.kv_heads:
-        raise QtoolError(
-            f"{old.heads // old.kv_heads} heads share a key/value head, more than that cannot stay of a group; lower heads too"
-        )
-    shape = replace(old, **stated)
+    shape = with_sizes(old, {size: value for size in SIZES if (value := getattr(options, size)) is not None})
     check_smaller(shape, old)
     return shape
 

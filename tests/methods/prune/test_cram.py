@@ -33,7 +33,7 @@ class Quadratic(nn.Module):
 def trainee() -> Callable[[Quadratic], Trainee]:
     def make(model: Quadratic) -> Trainee:
         nothing = torch.zeros(0, 2, dtype=torch.int64)
-        return Trainee(model, None, ([], []), ("layer",), 10, 0, print, print, nothing)  # type: ignore[arg-type]
+        return Trainee(model, None, ([], []), ("layer",), 10, 0, print, print, nothing, nothing, None)  # type: ignore[arg-type]
 
     return make
 
