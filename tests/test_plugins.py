@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
+from qtool import registry
+from qtool.cli.main import app
 
 PACKAGE = Path(__file__).parent / "plugin_package"
 RECIPE = """\
@@ -31,30 +36,34 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(plugin: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command of this environment that sees the plugin and else what this process sees."""
-    search = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONWARNINGS": "default"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd, env=environment)
+@pytest.fixture
+def qtool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A command of this process, which imported torch already, where recipes lie."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
 
-def qtool(plugin: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run(plugin, "-m", "qtool.cli.main", *arguments, cwd=cwd)
+@pytest.fixture
+def plugged(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process sees the plugin as one that is installed."""
+    monkeypatch.syspath_prepend(str(installed))
 
 
 def test_an_installed_plugin_is_listed_with_its_summary(installed: Path, tmp_path: Path) -> None:
-    listing = qtool(installed, "methods", cwd=tmp_path)
-    assert listing.returncode == 0, listing.stderr
-    assert "quantize/row_range" in listing.stdout
-    described = qtool(installed, "methods", "quantize/row_range", cwd=tmp_path)
-    assert described.returncode == 0, described.stderr
-    assert "candidates" in described.stdout and "2210.17323" in described.stdout
+    search = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONWARNINGS": "default"}
+    for arguments, words in (((), ["quantize/row_range"]), (("quantize/row_range",), ["candidates", "2210.17323"])):
+        command = [sys.executable, "-m", "qtool.cli.main", "methods", *arguments]
+        told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert told.returncode == 0, told.stderr
+        assert all(word in told.stdout for word in words)
 
 
-def test_a_recipe_runs_an_installed_plugin_and_its_error_is_measured(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plugged")
+def test_a_recipe_runs_an_installed_plugin_and_its_error_is_measured(tmp_path: Path, qtool: Callable[..., Result]) -> None:
     (tmp_path / "plugin.yaml").write_text(RECIPE)
-    done = qtool(installed, "run", "plugin.yaml", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = qtool("run", "plugin.yaml", "--out", "out")
+    assert done.exit_code == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["status"] == "done"
     perplexity = {metric["subject"]: metric["value"] for metric in results["metrics"] if metric["name"] == "perplexity"}
@@ -66,25 +75,25 @@ def test_a_recipe_runs_an_installed_plugin_and_its_error_is_measured(installed: 
     assert perplexity["compressed"] < 1.1 * perplexity["original"]
 
 
-def test_a_plugin_option_out_of_range_is_refused_like_a_built_in_one(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plugged")
+def test_a_plugin_option_out_of_range_is_refused_like_a_built_in_one(tmp_path: Path, qtool: Callable[..., Result]) -> None:
     (tmp_path / "plugin.yaml").write_text(RECIPE.replace("candidates: 3", "candidates: 0"))
-    refused = qtool(installed, "validate", "plugin.yaml", cwd=tmp_path)
-    assert refused.returncode == 2
+    refused = qtool("validate", "plugin.yaml")
+    assert refused.exit_code == 2
     assert "plugin.yaml:5" in refused.stderr and "candidates" in refused.stderr
 
 
-def test_the_laws_of_its_kind_hold_for_a_plugin(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "from qtool import registry\n"
-        "for key in ('quantize/row_range', 'evaluate/line_perplexity'):\n"
-        "    for law in registry.laws(key).values(): law()\nprint('held')"
-    )
-    laws = run(installed, "-c", code, cwd=tmp_path)
-    assert laws.stdout == "held\n", laws.stderr
+@pytest.mark.usefixtures("plugged")
+@pytest.mark.parametrize("key", ["quantize/row_range", "evaluate/line_perplexity"])
+def test_the_laws_of_its_kind_hold_for_a_plugin(key: str) -> None:
+    laws = registry.laws(key)
+    assert laws
+    for law in laws.values():
+        law()
 
 
-def test_without_the_package_there_is_no_such_method(tmp_path: Path) -> None:
+def test_without_the_package_there_is_no_such_method(tmp_path: Path, qtool: Callable[..., Result]) -> None:
     (tmp_path / "plugin.yaml").write_text(RECIPE)
-    refused = qtool(tmp_path, "validate", "plugin.yaml", cwd=tmp_path)
-    assert refused.returncode == 2
+    refused = qtool("validate", "plugin.yaml")
+    assert refused.exit_code == 2
     assert "quantize/row_range" in refused.stderr

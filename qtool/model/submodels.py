@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from qtool.calibration.importance import kept_units
-from qtool.errors import QtoolError
 from qtool.model.cutting import Cut, Cutter
 from qtool.model.handle import ModelHandle
 from qtool.model.shape import Shape, check_smaller, find_sides, place_of, shape_of_model, smaller, with_sizes
@@ -25,7 +24,9 @@ class Sizes(Options):
     blocks: int | None = Field(None, ge=1, description="blocks, the first ones")
     hidden: int | None = Field(None, ge=1, description="channels of the residual stream")
     heads: int | None = Field(None, ge=1, description="query heads of a block, as many of each group")
-    kv_heads: int | None = Field(None, ge=1, description="key/value heads; null: all, or as many as heads where each has its own")
+    kv_heads: int | None = Field(
+        None, ge=1, description="key/value heads; null: all, or as many as heads where each has its own"
+    )
     neurons: int | None = Field(None, ge=1, description="neurons of an MLP, of an expert in a mixture")
     experts: int | None = Field(None, ge=1, description="experts of a block")
 

@@ -1,4 +1,4 @@
-"""A model ten times larger than the memory budget is quantized within the budget."""
+"""A model five times larger than the memory budget is quantized within the budget."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-HIDDEN, FFN, N_BLOCKS = 512, 1536, 50
+HIDDEN, FFN, N_BLOCKS = 512, 1536, 25
 SAMPLES, LENGTH = 4, 64
 
 CHILD = """
@@ -42,7 +42,7 @@ def test_peak_memory_stays_within_three_blocks_statistics_and_activations(
     statistics = 4 * (HIDDEN * HIDDEN + FFN * FFN) * 2  # the Hessian and the factor of its inverse
     activations = 4 * SAMPLES * LENGTH * HIDDEN * 2  # a block's inputs and its outputs
     budget = 3 * block + statistics + activations
-    assert (model / "model.safetensors").stat().st_size >= 10 * budget
+    assert (model / "model.safetensors").stat().st_size >= 5 * budget
     steps = [
         {"calibrate/text": {"source": "demo:calibration", "samples": SAMPLES, "length": LENGTH}},
         {"quantize/gptq": {"scheme": "w4a16g64", "range": "minmax"}},  # the search of ranges takes time and little memory

@@ -8,7 +8,7 @@ Differs: the loss is the distance to the original's predictions, where `labels` 
 whole model is an option; gradients are averaged.
 For: one training for a family of sizes; one size alone is better trained by itself. Widths of a trained model, whose neurons
 come in no order, need more steps than its depth.
-Costs: training: 16 bytes a parameter and the original beside it, `draws` passes a step; evaluations see the whole model.
+Costs: training: 20 bytes a parameter and the original beside it, `draws` passes a step. What is measured is the whole model.
 """
 
 import torch
@@ -52,8 +52,9 @@ def check(model: ModelHandle, options: SortednetOptions) -> None:
 def drawn_at(step: int, seed: int, n_submodels: int, options: SortednetOptions) -> list[int | None]:
     """Numbers of the sub-models of one step; None stands for the whole model."""
     random = random_of(seed, step)
-    chances, numbers = torch.rand(options.draws, generator=random), torch.randint(n_submodels, (options.draws,), generator=random)
-    return [None if chance < options.full else number for chance, number in zip(chances.tolist(), numbers.tolist(), strict=True)]
+    chances = torch.rand(options.draws, generator=random).tolist()
+    numbers = torch.randint(n_submodels, (options.draws,), generator=random).tolist()
+    return [None if chance < options.full else number for chance, number in zip(chances, numbers, strict=True)]
 
 
 def logits_of(cutter: Cutter, student: nn.Module, rows: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def sortednet(trainee: Trainee, options: SortednetOptions) -> Course:
     def gradients(step: int, backward: Backward) -> float:
         nonlocal current
         total, sums = 0.0, [torch.zeros_like(p) for p in parameters]
-        for current in drawn_at(step, trainee.seed, len(cutters), options):
+        for number in drawn_at(step, trainee.seed, len(cutters), options):
+            current = number
             total += backward() / options.draws
             for p, summed in zip(parameters, sums, strict=True):
                 if p.grad is not None:

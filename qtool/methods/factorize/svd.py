@@ -37,7 +37,7 @@ class SvdOptions(Selection, TrainingOptions):
         description="which error is made least: plain, that of the weights; activation, the same with each input channel "
         "counted by its mean square; hessian, that of the outputs",
     )
-    damp: float = Field(0.01, ge=0, le=1, description="share of mean(diag H) added to it, for inputs that the text does not show")
+    damp: float = Field(0.01, ge=0, le=1, description="share of mean(diag H) added to it, for inputs that no text showed")
 
 
 class TwoFactors(nn.Module):

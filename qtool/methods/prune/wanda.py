@@ -2,8 +2,8 @@
 
     score S_ij = |W_ij| ‖X_j‖₂      W, S [out, in], compared within a row or within M neighbours of a row
     ‖X_j‖₂² = tokens · H_jj         H [in, in] mean of x xᵀ; the factor is the same for all j and left away
-Source: Sun et al. 2023, arXiv:2306.11695, equation 1 and section 3. Differs: inputs are those that the linears before it in the block, pruned
-already, give; with true_sequential: false those of the block as it was, as in the paper's code and llmcompressor.
+Source: Sun et al. 2023, arXiv:2306.11695, equation 1 and section 3. Differs: X is what the linears before it in the block,
+pruned already, give; with true_sequential: false what the block as it was gives, as in the paper's code and llmcompressor.
 For: nearly as good as SparseGPT at half the zeros, in a fraction of its time.
 Costs: one pass through the model.
 """

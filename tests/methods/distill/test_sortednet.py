@@ -82,7 +82,8 @@ def test_gradients_of_the_models_drawn_are_averaged() -> None:
         found = [p.grad.clone() for p in parameters]
         trial.student.zero_grad()
         losses = [trial.student(rows, use_cache=False).logits.square().mean()]
-        losses += [logits_of(cutter_of(handle, sizes), trial.student, rows).square().mean() for sizes in options.submodels.values()]
+        cutters = [cutter_of(handle, sizes) for sizes in options.submodels.values()]
+        losses += [logits_of(cutter, trial.student, rows).square().mean() for cutter in cutters]
         (sum(losses) / 3).backward()
         assert total == pytest.approx(float(sum(losses).detach()) / 3, rel=1e-5)
         for p, grad in zip(parameters, found, strict=True):
