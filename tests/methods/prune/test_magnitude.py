@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from qtool.errors import QtoolError
 from qtool.formats.sparsity import count
@@ -27,6 +28,16 @@ def test_each_row_loses_its_smallest_weights_and_nothing_else(sparsity: float) -
         for i in sorted(range(12), key=lambda i: abs(row[i]))[: count(sparsity, 12)]:
             row[i] = 0.0
     assert torch.equal(run(W, sparsity=sparsity), torch.tensor(expected))
+
+
+def test_all_weights_of_a_linear_are_compared_where_asked() -> None:
+    W = weights() * torch.tensor([[10.0], [1.0], [1.0], [1.0], [1.0], [0.01]])  # a strong and a weak channel
+    found = run(W, sparsity=0.4, compare="linear")
+    limit = sorted(abs(value) for row in W.tolist() for value in row)[count(0.4, 72)]
+    assert found.tolist() == [[value if abs(value) >= limit else 0.0 for value in row] for row in W.tolist()]
+    assert bool((found[5] == 0).all()) and int((found == 0).sum()) == count(0.4, 72)
+    with pytest.raises(ValidationError, match="pattern 2:4 compares neighbours"):
+        MagnitudeOptions(pattern="2:4", compare="linear")
 
 
 def test_a_hand_worked_pattern() -> None:
