@@ -418,11 +418,11 @@ def export_run(run: Path, key: str, out: Path | None, progress: Progress, submod
         check_step(step, model)
         progress.stage(key, 1)
         artifact = write_export(model, step, out)
-        about = {"revision": original.revision, **describe_model(original, model)}
-    if submodel is None and (run / "results.json").is_file():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    else:  # a sub-model, or the run has not come to its end: nothing is measured
-        results = {"metrics": [], "model": about, "versions": versions()}
+        if submodel is None and (run / "results.json").is_file():
+            results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        else:  # a sub-model, or the run has not come to its end: nothing is measured
+            about = {"revision": original.revision, **describe_model(original, model)}
+            results = {"metrics": [], "model": about, "versions": versions()}
     row = {**export_row(artifact, str(artifact.path)), "submodel": submodel}
     write_card(artifact.path, recipe, original.folder, results, row)
     progress.advance(str(artifact.path))

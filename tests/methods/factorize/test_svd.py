@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -33,14 +32,14 @@ def test_with_all_numbers_kept_the_model_is_the_same_and_with_fewer_the_budget_h
             )
             words = trial.course.finish()
     total = sum(out * columns for out, columns in shapes.values())
-    most = max(sum(shape) for shape in shapes.values())
-    assert 0.6 * total - most <= held <= 0.6 * total  # less than one rank of the budget is left over
+    largest = max(out * columns for out, columns in shapes.values())
+    assert 0.6 * total - largest <= held <= 0.6 * total  # what is left over would not bring the next linear to its next rank
     assert words.keys() == set(shapes) and {word.split()[0] for word in words.values()} <= {"rank", "dense"}
 
 
 def test_outputs_lose_least_by_the_hessian_and_weights_by_none() -> None:
     lost: dict[str, tuple[float, float]] = {}
-    for weighting in ("plain", "activation", "hessian"):
+    for weighting in ("plain", "hessian"):
         with tiny_checkpoint() as folder, in_training(SVD, folder, keep=0.5, weighting=weighting, damp=0.0) as trial:
             stats = observe_inputs(trial.teacher, trial.linears, sample_tokens()[:2])
             ranks = trial.course.finish()
@@ -52,8 +51,7 @@ def test_outputs_lose_least_by_the_hessian_and_weights_by_none() -> None:
                 relative.append([float(((D @ M) * D).sum() / ((W @ M) * W).sum()) for M in (torch.eye(len(H)).double(), H)])
                 assert int(torch.linalg.matrix_rank(weights[name].double(), rtol=1e-4)) <= n, name
             lost[weighting] = (sum(row[0] for row in relative), sum(row[1] for row in relative))
-    assert lost["hessian"][1] < lost["activation"][1] < lost["plain"][1]
-    assert lost["plain"][0] < min(lost["activation"][0], lost["hessian"][0])
+    assert lost["hessian"][1] < lost["plain"][1] and lost["plain"][0] < lost["hessian"][0]
 
 
 def test_inputs_are_seen_once_where_they_are_shared_and_not_at_all_where_none_come(tiny_model: Callable[..., Path]) -> None:
@@ -75,11 +73,12 @@ def test_inputs_are_seen_once_where_they_are_shared_and_not_at_all_where_none_co
     assert stats[first] is stats[last] and stats["spare"].n_tokens == 0
 
 
-@pytest.mark.parametrize("family", ["gpt2"])
-def test_transposed_weights_are_cut_too(family: str, tiny_model: Callable[..., Path]) -> None:
-    folder = tiny_model(family)
-    with in_training(SVD, folder, keep=0.9) as trial:
-        assert any(word.startswith("rank") for word in trial.course.finish().values())
-        before = trial.teacher(sample_tokens(), use_cache=False).logits
-        # A tenth fewer numbers: close to what it was, where a transposed matrix would be none of it.
-        assert float((trial.logits() - before).norm() / before.norm()) < 0.5
+def test_transposed_weights_are_cut_too(tiny_model: Callable[..., Path]) -> None:
+    with in_training(SVD, tiny_model("gpt2"), keep=0.5, weighting="activation") as trial:
+        words, weights = trial.course.finish(), trial.weights()
+        for name in trial.linears:
+            W = weight_of(trial.teacher.get_submodule(name))
+            lost = float((weights[name] - W).norm() / W.norm())
+            # What is cut loses a part; another matrix's factors would lose all of it and more.
+            assert lost == 0 if words[name] == "dense" else 0 < lost < 1, name
+        assert any(word.startswith("rank") for word in words.values())
