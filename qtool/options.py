@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, field_validator, model_validator
 
 from qtool.errors import QtoolError
 
@@ -137,6 +137,45 @@ class BlockTuning(Options):
 
     steps: int = Field(200, ge=0, description="updates per block")
     batch: int = Field(8, ge=1, description="windows in one update")
+
+
+class Sizes(Options):
+    """How many units a sub-model has; of what is not stated, all."""
+
+    blocks: int | None = Field(None, ge=1, description="blocks, the first ones")
+    hidden: int | None = Field(None, ge=1, description="channels of the residual stream")
+    heads: int | None = Field(None, ge=1, description="query heads of a block, as many of each group")
+    kv_heads: int | None = Field(
+        None, ge=1, description="key/value heads; null: all, or as many as heads where each has its own"
+    )
+    neurons: int | None = Field(None, ge=1, description="neurons of an MLP, of an expert in a mixture")
+    experts: int | None = Field(None, ge=1, description="experts of a block")
+
+    @model_validator(mode="after")
+    def _state_one(self) -> "Sizes":
+        if not self.stated():
+            raise ValueError(f"states no size; state one or more of {', '.join(type(self).model_fields)}")
+        return self
+
+    def stated(self) -> dict[str, int]:
+        """Those that are stated, by axis."""
+        return self.model_dump(exclude_none=True)
+
+
+class Submodels(Options):
+    """Options of a method that trains sub-models together with the whole."""
+
+    submodels: dict[str, Sizes] = Field(
+        min_length=1, description="name: sizes, such as small: {blocks: 4, neurons: 512}; qtool export --submodel cuts one out"
+    )
+
+    @field_validator("submodels")
+    @classmethod
+    def _check_names(cls, value: dict[str, Sizes]) -> dict[str, Sizes]:
+        for name in value:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f'"{name}" is no name of a sub-model; use letters, digits, "_", "-" and "."')
+        return value
 
 
 class ExportOptions(Options):

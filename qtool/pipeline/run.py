@@ -27,8 +27,8 @@ from qtool.model.acceleration import Acceleration, device_of_runtime
 from qtool.model.handle import ModelHandle
 from qtool.model.kept import kept_results
 from qtool.model.store import LOW_RANK, write_text
-from qtool.model.submodels import Submodels, cutter_of
-from qtool.options import ModelOptions, TrainingOptions
+from qtool.model.submodels import cutter_of
+from qtool.options import ModelOptions, Submodels, TrainingOptions
 from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
 from qtool.pipeline.distributions import measure_distributions
@@ -441,10 +441,7 @@ def cut_submodel(recipe: Recipe, changes: tuple[Path, ...], name: str, out: Path
         raise QtoolError(f'--submodel: {changing[last].key} has none named "{name}"{nearest(name, options.submodels)}')
     before = changes[: last + 1]
     shutil.rmtree(out, ignore_errors=True)
-    try:
-        write_cut(cutter_of(ModelHandle(recipe.model, before), options.submodels[name]), out)
-    except OSError as error:
-        raise QtoolError(f"--submodel: cannot write {out}: {error.strerror}; free space or choose another --out") from error
+    write_cut(cutter_of(ModelHandle(recipe.model, before), options.submodels[name]), out)
     return before
 
 

@@ -19,8 +19,8 @@ from qtool.errors import QtoolError
 from qtool.model.course import Backward, Course, Trainee, random_of, whole_logits
 from qtool.model.cutting import Cutter
 from qtool.model.handle import ModelHandle
-from qtool.model.submodels import Submodels, cutter_of
-from qtool.options import TrainingOptions
+from qtool.model.submodels import cutter_of
+from qtool.options import Submodels, TrainingOptions
 from qtool.registry import Method
 
 

@@ -17,8 +17,8 @@ from qtool.laws.course import in_training
 from qtool.laws.model import sample_tokens, tiny_checkpoint
 from qtool.methods.distill.sortednet import SortednetOptions, check, drawn_at, logits_of
 from qtool.model.handle import ModelHandle
-from qtool.model.submodels import Sizes, cutter_of
-from qtool.options import ModelOptions
+from qtool.model.submodels import cutter_of
+from qtool.options import ModelOptions, Sizes
 from qtool.pipeline.run import export_run, run_recipe
 from qtool.progress import Silent
 from qtool.recipe import parse
