@@ -118,7 +118,8 @@ def test_a_run_holds_sub_models_that_transformers_loads(tiny_model: Callable[...
     for name, p in small.named_parameters():  # of the model as the step left it, before it was quantized
         place = tuple(slice(n) for n in p.shape)
         assert torch.equal(p, whole[name][place]), name
-    assert "small" in (artifact.path / "README.md").read_text()
+    card = (artifact.path / "README.md").read_text()
+    assert "holds the sub-model small" in card and "Measured" not in card  # by the run, that is
     assert sorted(path.name for path in artifact.path.parent.iterdir()) == ["safetensors", "safetensors-small"]
     with pytest.raises(QtoolError, match='distill/sortednet has none named "smal".*small'):
         export_run(tmp_path / "run", "safetensors", None, Silent(), "smal")
