@@ -58,8 +58,8 @@ def test_inputs_are_seen_once_where_they_are_shared_and_not_at_all_where_none_co
     handle = ModelHandle(ModelOptions(path=str(tiny_model("llama"))))
     windows = torch.randint(2, 4096, (9, 8), generator=torch.Generator().manual_seed(0))  # a forward of eight, one of one
     with handle.materialized() as model:
+        names = [*(name for name in handle.linear_names() if name != "lm_head"), "spare"]
         model.spare = nn.Linear(4, 4)  # nothing calls it
-        names = [name for name in handle.linear_names() if name != "lm_head"] + ["spare"]
         stats = observe_inputs(model, names, windows)
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for name in names:
