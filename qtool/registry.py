@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -141,9 +142,14 @@ def list_methods() -> dict[str, MethodInfo]:
     return {key: MethodInfo(key, module, _docstring(key, module)) for key, module in _modules().items()}
 
 
-@functools.cache
 def _modules() -> dict[str, str]:
-    """The module of every method by its key, in the order of listings; found once, as what is installed stays."""
+    """The module of every method by its key, in the order of listings."""
+    return _modules_along(tuple(sys.path))
+
+
+@functools.cache
+def _modules_along(path: tuple[str, ...]) -> dict[str, str]:
+    """The same where packages are looked for along `path`; once, because every step of every recipe asks."""
     modules = {}
     for path in sorted((Path(__file__).parent / "methods").glob("*/*.py")):
         if path.stem != "__init__":
