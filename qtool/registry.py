@@ -148,8 +148,8 @@ def _modules() -> dict[str, str]:
 
 
 @functools.cache
-def _modules_along(path: tuple[str, ...]) -> dict[str, str]:
-    """The same where packages are looked for along `path`; once, because every step of every recipe asks."""
+def _modules_along(search: tuple[str, ...]) -> dict[str, str]:
+    """The same where packages are looked for along `search`; once, because every step of every recipe asks."""
     modules = {}
     for path in sorted((Path(__file__).parent / "methods").glob("*/*.py")):
         if path.stem != "__init__":

@@ -10,6 +10,7 @@ it computes elsewhere, in half the memory, and everything that multiplies is rea
 import functools
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,14 +56,16 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [n, k] b [k, m]."""
     if a.dtype in HALF:
         return torch.mm(a.float(), b.float()).to(a.dtype)
-    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # an operator of its own, with torch's kernel
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return cast(Tensor, torch.ops.aten.mm.out(a, b, out=out))  # an operator of its own, whose kernel is still torch's
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """a [batch, n, k] b [batch, k, m]."""
     if a.dtype in HALF:
         return torch.bmm(a.float(), b.float()).to(a.dtype)
-    return torch.ops.aten.bmm.out(a, b, out=a.new_empty(a.shape[0], a.shape[1], b.shape[2]))
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return cast(Tensor, torch.ops.aten.bmm.out(a, b, out=out))
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -70,7 +73,7 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1)
     if a.dtype in HALF:
         return torch.addmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha).to(a.dtype)
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=out)
+    return cast(Tensor, torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=out))
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -78,4 +81,4 @@ def baddbmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 
     if a.dtype in HALF:
         return torch.baddbmm(c.float(), a.float(), b.float(), beta=beta, alpha=alpha).to(a.dtype)
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    return torch.ops.aten.baddbmm.out(c, a, b, beta=beta, alpha=alpha, out=out)
+    return cast(Tensor, torch.ops.aten.baddbmm.out(c, a, b, beta=beta, alpha=alpha, out=out))
