@@ -86,21 +86,15 @@ def supports(scheme: WeightScheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def join(tensors: list[QuantizedTensor]) -> QuantizedTensor:
-    """One tensor of several with the same input and scheme, outputs one after another: q, k and v in one product.
-
-    Raises QtoolError where they do not go together.
-    """
-    if len({(str(tensor.scheme), tensor.shape[1], tensor.exponent) for tensor in tensors}) > 1:
-        raise QtoolError(
-            f"{', '.join(str(t.scheme) for t in tensors)} of {[t.shape for t in tensors]}: no one product; scheme "
-            "and inputs must be the same"
-        )
-    for tensor in tensors:
-        _refuse_extras(tensor)
+def join(tensors: list[QuantizedTensor]) -> QuantizedTensor | str:
+    """One tensor of several with the same input, outputs one after another: q, k and v in one product; else why not."""
+    if len({(tensor.scheme, tensor.shape[1], tensor.exponent) for tensor in tensors}) > 1:
+        return f"{', '.join(f'{tensor.scheme} {list(tensor.shape)}' for tensor in tensors)}: scheme and inputs are not the same"
+    if (reason := next((why for tensor in tensors if (why := _extras_of(tensor)) is not None), None)) is not None:
+        return reason
     alike = with_common_scale(tensors) if tensors[0].scheme.scale_dtype == "float8_e4m3fn" else tensors
     if alike is None:
-        raise QtoolError("scales of the parts do not fit one scale of the whole exactly; pack them one by one")
+        return "scales of the parts do not fit one scale of the whole exactly"
     zeros = [tensor.zero for tensor in alike if tensor.zero is not None]
     return replace(
         alike[0],
@@ -116,7 +110,8 @@ def pack(tensor: QuantizedTensor) -> PackedWeight:
     reason = supports(tensor.scheme, tensor.shape)
     if reason is not None:
         raise QtoolError(f"{tensor.scheme} [{tensor.shape[0]}, {tensor.shape[1]}]: {reason}")
-    _refuse_extras(tensor)
+    if (reason := _extras_of(tensor)) is not None:
+        raise QtoolError(reason)
     grid = tensor.grid
     table = None
     if tensor.scheme.format != "int":
@@ -139,10 +134,10 @@ def pack(tensor: QuantizedTensor) -> PackedWeight:
     )
 
 
-def _refuse_extras(tensor: QuantizedTensor) -> None:
+def _extras_of(tensor: QuantizedTensor) -> str | None:
     extras = {"scales of columns": tensor.column_scale, "salient columns": tensor.salient, "outliers": tensor.outliers}
-    if found := [name for name, part in extras.items() if part is not None]:
-        raise QtoolError(f"{tensor.scheme} with {' and '.join(found)} has no kernel")
+    found = [name for name, part in extras.items() if part is not None]
+    return f"{tensor.scheme} with {' and '.join(found)} has no kernel" if found else None
 
 
 def _stored_scale(tensor: QuantizedTensor) -> Tensor:

@@ -7,7 +7,8 @@
     qtool CUDA           CUDA    whole numbers of 2, 3, 4 and 8 bits and tables of 16 levels: see kernels/weight_only.py
     qtool CUDA int8      CUDA    weights and inputs in int8: see kernels/int8.py
     torch FP8            CUDA    weights and inputs in E4M3, on GPUs with FP8 arithmetic: torch._scaled_mm
-Inputs that a product does not round itself are rounded before it, as QuantLinear rounds them.
+Inputs that a product does not round itself are rounded before it, as QuantLinear rounds them. Linears that read one input share
+a product of qtool CUDA: `fast_together`, see shared_product.py.
 Why a class of its own: runs measure and export what QuantLinear decodes, the same to the bit everywhere; this is for speed.
 
 How far it is from the exact product: `qtool bench kernels` measures it before it times anything.
@@ -25,11 +26,13 @@ from qtool.kernels.cpu_int4 import int4_product
 from qtool.kernels.cpu_int8 import int8_by_8_product, int8_product
 from qtool.kernels.whole_levels import whole_levels
 from qtool.layers.quant_linear import QuantLinear, snap_inputs
-from qtool.layers.rotated_input import carry_rotation
+from qtool.layers.rotated_input import carry_rotation, signs_of
+from qtool.layers.shared_product import SharedPart, SharedProduct
 
 FP8 = WeightScheme.model_validate({"format": "e4m3"})
 FP8_INPUTS = ActivationScheme.model_validate({"format": "e4m3"})
 FP8_MULTIPLE = 16  # that torch._scaled_mm asks of both sides
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of inputs that kernels on CUDA take
 
 
 class Product(Protocol):
@@ -150,11 +153,39 @@ def fast(layer: QuantLinear, dtype: torch.dtype) -> FastLinear | str:
     return f"{tensor.scheme}: {found}" if isinstance(found, str) else found
 
 
+def fast_together(layers: list[QuantLinear], dtype: torch.dtype) -> list[FastLinear] | str:
+    """Layers that compute what `layers` do, which read the same input, by one product; else why they share none."""
+    if any(layer.activations is not None or signs_of(layer) is not None for layer in layers):
+        return "inputs that are rounded or rotated first are a new tensor for each"
+    tensors = [layer.qt for layer in layers]
+    for tensor in tensors:
+        if (reason := _reason_without_kernel(tensor, dtype)) is not None:
+            return reason
+    joined = weight_only.join(tensors)
+    if isinstance(joined, str):
+        return joined
+    sizes, bias = [layer.out_features for layer in layers], _joined_bias(layers, dtype)
+    shared = SharedProduct(weight_only.pack(joined), sizes, bias)
+    made = [FastLinear(layer, SharedPart(shared, index), False, dtype) for index, layer in enumerate(layers)]
+    if bias is not None:
+        for one, view in zip(made, bias.split(sizes), strict=True):
+            if one.bias is not None:
+                one.bias.data = view
+    return made
+
+
+def _joined_bias(layers: list[QuantLinear], dtype: torch.dtype) -> Tensor | None:
+    """[out of all], zeros for layers without one; None where none has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    device = layers[0].scale.device
+    parts = [torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat([part.detach().to(dtype) for part in parts])
+
+
 def _on_cuda(layer: QuantLinear, tensor: QuantizedTensor, dtype: torch.dtype) -> FastLinear | str:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"inputs in {str(dtype).removeprefix('torch.')}: kernels take bfloat16 and float16"
     activations = layer.activations
-    if activations is not None and layer.low_rank is None:
+    if activations is not None and layer.low_rank is None and dtype in KERNEL_DTYPES:
         if activations in (int8.SYMMETRIC, int8.ASYMMETRIC) and tensor.scheme.group in (None, tensor.shape[1]):
             whole = whole_levels(tensor, 8)
             if not isinstance(whole, str) and whole.shift is None and launch.reason_not_to_run() is None:
@@ -162,13 +193,22 @@ def _on_cuda(layer: QuantLinear, tensor: QuantizedTensor, dtype: torch.dtype) ->
                 return FastLinear(layer, CudaInt8Product(whole.code, scale, activations.symmetric), True, dtype)
         if _has_fp8_product(tensor, activations):
             return FastLinear(layer, CudaFp8Product(tensor), True, dtype)
+    if (reason := _reason_without_kernel(tensor, dtype)) is not None:
+        return reason
+    return FastLinear(layer, CudaProduct(weight_only.pack(tensor)), False, dtype)
+
+
+def _reason_without_kernel(tensor: QuantizedTensor, dtype: torch.dtype) -> str | None:
+    """Why qtool's own kernels do not multiply inputs in a dtype by a tensor, where it is; None where they do."""
+    if tensor.codes.device.type != "cuda":
+        return f"{tensor.codes.device.type} has no kernels of qtool's"
+    if dtype not in KERNEL_DTYPES:
+        return f"inputs in {str(dtype).removeprefix('torch.')}: kernels take bfloat16 and float16"
     if (reason := launch.reason_not_to_run()) is not None:
         return reason
     if extras := [what for what in ("column_scale", "salient", "outliers") if getattr(tensor, what) is not None]:
         return f"{' and '.join(extras)} beside the codes"
-    if (reason := weight_only.supports(tensor.scheme, tensor.shape)) is not None:
-        return reason
-    return FastLinear(layer, CudaProduct(weight_only.pack(tensor)), False, dtype)
+    return weight_only.supports(tensor.scheme, tensor.shape)
 
 
 def _has_fp8_product(tensor: QuantizedTensor, activations: ActivationScheme) -> bool:

@@ -6,31 +6,17 @@ scheme up by it: those must be stored alike. Experts and GPT-2's Conv1D are stor
 Source: GPTQModel 7.7, SUPPORTS_* of nn_modules/qlinear and FUSED_PROJECTION_UNITS of utils/model.py.
 """
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme, WeightScheme
+from qtool.model.architectures import fused_units
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import is_linear
 
 PLAIN_ALONE = "this export holds plain scales along `in`; use export/safetensors"
 MULTIPLE = 32  # of inputs, and of outputs
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def fused_units(names: Iterable[str]) -> dict[str, list[str]]:
-    """The full name that runtimes give to linears they join: those of `names` that it joins, two or more."""
-    known = set(names)
-    units: dict[str, list[str]] = {}
-    for name in sorted(known):
-        parent, dot, last = name.rpartition(".")
-        for fused, parts in FUSED.items():
-            if last in parts:
-                units[f"{parent}{dot}{fused}"] = [part for end in parts if (part := f"{parent}{dot}{end}") in known]
-    return {unit: members for unit, members in units.items() if len(members) > 1}
 
 
 def head_name(model: ModelHandle) -> str | None:

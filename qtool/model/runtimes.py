@@ -16,9 +16,10 @@ from typing import Literal
 
 from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import Format, KvScheme, ScaleDtype, Scheme, ZeroDtype
+from qtool.model.architectures import fused_units
 from qtool.model.checkpoint import EXPERT
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import fused_units, head_name
+from qtool.model.kernel_limits import head_name
 from qtool.options import Options
 
 TABLE = Path(__file__).resolve().parent.parent / "assets" / "runtimes.toml"

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from qtool.formats.scheme import Scheme
-from qtool.layers.fast_linear import FastLinear, fast
+from qtool.formats.tensor import QuantizedTensor
+from qtool.kernels import weight_only
+from qtool.layers.fast_linear import FastLinear, fast, fast_together
 from qtool.layers.quant_linear import QuantLinear, snap_inputs
 from qtool.model.acceleration import Acceleration
 from qtool.model.handle import ModelHandle
@@ -47,8 +49,32 @@ def test_a_model_writes_as_the_reference(tiny_model: Callable[..., Path], quanti
     found = ModelHandle(options, model.changes, acceleration).take()
     expected = ModelHandle(options, model.changes).take()
     assert acceleration.decoded == {} and acceleration.n_products == 14
+    assert acceleration.shared == set(), "q has a scheme of its own, k, v, gate and up have int8"
     tokens = torch.randint(2, 4096, (2, 12), device="cuda")
     with torch.no_grad():
         logits, exact = found(tokens).logits.float(), expected(tokens).logits.float()
     assert (logits - exact).norm() <= 2**-6 * exact.norm()  # two blocks in bfloat16, rounded at 2^-9 in another order
     assert found.generate(tokens, max_new_tokens=4, do_sample=False).shape == (2, 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 300])
+def test_linears_that_read_one_input_share_a_launch(
+    tokens: int,
+    weights: Callable[..., QuantizedTensor],
+    inputs: Callable[..., Tensor],
+    near: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator("cuda").manual_seed(0)
+    biases = torch.randn(1536, device="cuda", generator=random).to(torch.bfloat16).split([1000, 512, 24])
+    layers = [QuantLinear(weights("w4a16g128-asym", len(bias), 1024), bias) for bias in biases]
+    parts = fast_together(layers, torch.bfloat16)
+    assert not isinstance(parts, str), parts
+    started: list[str] = []
+    run = weight_only.run
+    monkeypatch.setattr(weight_only, "run", lambda launch, device: started.append(launch.file) or run(launch, device))
+    x = inputs(tokens, 1024, torch.bfloat16)
+    found = [part(x) for part in parts]
+    assert len(started) == 1
+    for y, layer, bias in zip(found, layers, biases, strict=True):
+        near(y, x.double() @ layer.qt.dequantize().double().T + bias.double(), 2**-8)

@@ -55,11 +55,13 @@ def test_a_width_of_less_than_a_block_is_padded(scheme: str) -> None:
 def test_one_product_for_several_linears_is_each_ones_own(scheme: str) -> None:
     parts = [quantized(scheme, out, seed=out) for out in (64, 32, 32)]
     x = torch.randn(2, 5, 256).bfloat16()
-    whole = matmul(x, pack(join(parts)))
+    joined = join(parts)
+    assert isinstance(joined, QuantizedTensor)
+    whole = matmul(x, pack(joined))
     own = torch.cat([matmul(x, pack(part)) for part in parts], -1)
     # The same products, but a wider matrix may be summed in another order, which moves a rounding to bfloat16 by one step.
     torch.testing.assert_close(whole, own, rtol=2**-7, atol=1e-2)
-    assert torch.equal(unpack(pack(join(parts))), torch.cat([part.dequantize() for part in parts]))
+    assert torch.equal(unpack(pack(joined)), torch.cat([part.dequantize() for part in parts]))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,12 @@ def test_what_has_no_kernel_is_named(scheme: str, shape: tuple[int, int], what: 
 
 
 def test_linears_of_different_schemes_are_not_joined() -> None:
-    with pytest.raises(QtoolError, match="no one product"):
-        join([quantized("w4g32"), quantized("w4g64")])
+    assert join([quantized("w4g32"), quantized("w4g64")]) == (
+        "w4g32 [70, 256], w4g64 [70, 256]: scheme and inputs are not the same"
+    )
+    small = quantized("nvfp4")
+    large = quantize(1e6 * small.dequantize(), small.scheme)
+    assert join([small, large]) == "scales of the parts do not fit one scale of the whole exactly"
 
 
 @pytest.mark.parametrize("scheme", ["w4g32-asym", "nf4g64", "nvfp4"])

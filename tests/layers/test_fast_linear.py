@@ -16,7 +16,8 @@ from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor, quantize
 from qtool.kernels import cpu_int4, cpu_int8, weight_only
 from qtool.kernels.whole_levels import WholeLevels, whole_levels
-from qtool.layers.fast_linear import CudaFp8Product, CudaInt8Product, CudaProduct, FastLinear, fast
+from qtool.layers import fast_linear, shared_product
+from qtool.layers.fast_linear import CudaFp8Product, CudaInt8Product, CudaProduct, FastLinear, fast, fast_together
 from qtool.layers.quant_linear import QuantLinear, snap_inputs
 from qtool.layers.rotated_input import rotate_input
 
@@ -198,3 +199,80 @@ def test_the_product_of_int8(scheme: str) -> None:
 def test_the_product_of_fp8() -> None:
     layer = layer_of("e4m3-ae4m3")
     assert_near(CudaFp8Product(layer.qt)(inputs(5), layer.bias), exact(layer, inputs(5)))
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """qtool's kernels serve wherever they can, by their references; the list gains the outputs of each launch."""
+    launched: list[int] = []
+    own = weight_only.matmul
+
+    def matmul(x: Tensor, packed: weight_only.PackedWeight, bias: Tensor | None = None) -> Tensor:
+        launched.append(packed.shape[0])
+        return own(x, packed, bias)
+
+    monkeypatch.setattr(fast_linear, "_reason_without_kernel", lambda made, _: weight_only.supports(made.scheme, made.shape))
+    monkeypatch.setattr(shared_product, "matmul", matmul)
+    return launched
+
+
+def siblings(scheme: str, *sizes: int) -> list[QuantLinear]:
+    """Layers with the same inputs, each with weights and a bias of its own."""
+    biases = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).split(sizes)
+    return [QuantLinear(weights(scheme, n, seed=seed), biases[seed]) for seed, n in enumerate(sizes)]
+
+
+def together(layers: list[QuantLinear]) -> list[FastLinear]:
+    made = fast_together(layers, torch.bfloat16)
+    assert not isinstance(made, str), made
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g64-asym", "nf4g64", "w8a16"])
+def test_linears_that_read_one_input_share_a_launch(scheme: str, kernels_on_cpu: list[int]) -> None:
+    layers = siblings(scheme, 192, 40, 8)  # no multiples of a tile
+    layers[1].bias = None
+    parts, x = together(layers), inputs(6).view(2, 3, 256)
+    for part, layer in zip(parts, layers, strict=True):
+        assert_near(part(x).flatten(0, 1), exact(layer, inputs(6)))
+        assert sorted(part.state_dict()) == ["bias"] * (layer.bias is not None)
+    assert kernels_on_cpu == [240]
+    with torch.inference_mode():
+        assert torch.equal(parts[0](inputs(6)), parts[0](inputs(6)))
+    assert sum(part.product.hidden_bytes for part in parts) < 2.5 * 240 * 256
+
+
+def test_a_shared_output_is_of_its_own_input_and_handed_out_once(kernels_on_cpu: list[int]) -> None:
+    layers = siblings("w4a16g64", 192, 64)
+    (one, two), x = together(layers), inputs(3)
+    expected = one(x), two(inputs(5))  # another input than the first linear had
+    assert_near(expected[1], exact(layers[1], inputs(5)))
+    one(x)
+    x[:] = inputs(4)[:3]  # the same tensor, written into
+    assert_near(two(x), exact(layers[1], inputs(4)[:3]))
+    x[:] = inputs(3)
+    one(x).fill_(torch.nan)
+    assert torch.equal(one(x), expected[0])
+    assert kernels_on_cpu == [256] * 6
+
+
+def test_a_compiled_block_shares_too(kernels_on_cpu: list[int]) -> None:
+    (gate, up), x = together(siblings("w4a16g64", 64, 64)), inputs(3)
+    block = torch.compile(lambda x: torch.nn.functional.silu(gate(x)) * up(x), fullgraph=True, backend="aot_eager")
+    expected = torch.nn.functional.silu(gate(x)) * up(x)
+    assert torch.equal(block(x), expected) and torch.equal(block(x), expected)
+
+
+def test_what_shares_nothing_says_why(kernels_on_cpu: list[int]) -> None:
+    rotated = layer_of("w4a16g64")
+    rotate_input(rotated, torch.ones(256))
+    for other in (layer_of("w4a8g64"), rotated):
+        assert fast_together([layer_of("w4a16g64"), other], torch.bfloat16) == (
+            "inputs that are rounded or rotated first are a new tensor for each"
+        )
+    assert "are not the same" in str(fast_together([layer_of("w4a16g64"), layer_of("w4a16g32")], torch.bfloat16))
+    assert "groups along `out`" in str(fast_together([layer_of("w4a16g64-ic")] * 2, torch.bfloat16))
+
+
+def test_no_product_is_shared_on_the_cpu() -> None:
+    assert fast_together([layer_of("w4a16g64")] * 2, torch.bfloat16) == "cpu has no kernels of qtool's"

@@ -10,6 +10,8 @@ from torch import nn
 from qtool.errors import QtoolError
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import quantize
+from qtool.kernels import weight_only
+from qtool.layers import fast_linear, shared_product
 from qtool.layers.fast_linear import FastLinear
 from qtool.layers.quant_linear import QuantLinear
 from qtool.model.acceleration import Acceleration, device_of_runtime, stored_bytes
@@ -61,6 +63,30 @@ def test_bytes_count_each_tensor_once_and_what_onednn_hides() -> None:
     per_weight = 1 if scheme.activations is not None else 0.5
     beside = stored_bytes(model) - 2 * 128 * 64 - int(per_weight * 128 * 64)
     assert 0 < beside <= 64 * 20  # scales, sums and the like of 64 outputs
+
+
+def test_linears_with_one_input_share_a_launch_and_are_all_counted(
+    tiny_model: Callable[..., Path],
+    quantized: Callable[..., ModelHandle],
+    windows: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU, by the kernels' references: keys in another scheme than queries and values stand alone."""
+    monkeypatch.setattr(fast_linear, "_reason_without_kernel", lambda *_: None)
+    launched: list[int] = []
+    own = weight_only.matmul
+    monkeypatch.setattr(
+        shared_product, "matmul", lambda x, packed, bias: launched.append(packed.shape[0]) or own(x, packed, bias)
+    )
+    schemes = {"k_proj": "w4a16g64", "*_proj": "w4a16g32"}
+    model = quantized(tiny_model("llama", dtype="bfloat16", num_key_value_heads=2), schemes)
+    acceleration = Acceleration()
+    handle = ModelHandle(model.options, model.changes, acceleration)
+    hidden, expected = handle.final_hidden(windows).float(), model.final_hidden(windows).float()
+    assert (hidden - expected).norm() <= 2**-6 * expected.norm()  # as above
+    assert set(launched) == {64 + 32, 2 * 128} and acceleration.n_products == 14 and acceleration.decoded == {}
+    assert ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj") in acceleration.shared
+    assert "8 of 14 linears share 4 launches with those that read the same input" in acceleration.lines()
 
 
 def test_where_nothing_can_be_made_fast_it_is_an_error() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from qtool.formats.scheme import Scheme
+from qtool.model.architectures import fused_units
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import dense_linears, fused_units, head_name
+from qtool.model.kernel_limits import dense_linears, head_name
 from qtool.options import ModelOptions
 
 

@@ -26,8 +26,9 @@ from qtool.errors import QtoolError
 from qtool.formats.group_layouts import GPTQ_BITS, pack_gptq
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
+from qtool.model.architectures import fused_units
 from qtool.model.handle import ModelHandle
-from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, fused_units, head_name
+from qtool.model.kernel_limits import check_linears, check_no_experts, dense_linears, head_name
 from qtool.model.writer import Encode, Storage, packed_by, written_by
 from qtool.options import ExportOptions
 from qtool.registry import Method
