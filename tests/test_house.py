@@ -30,7 +30,7 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
     "options": (0, {"pydantic"}),
     "progress": (0, set()),
     "formats": (1, {"torch", "pydantic"}),
-    "linalg": (1, {"torch", "pydantic"}),
+    "linalg": (1, {"torch", "pydantic", "scipy"}),
     "kernels": (2, {"torch", "cupy"}),
     "layers": (3, {"torch"}),
     # accelerate and huggingface_hub are what transformers itself loads models with; onnx writes and reads one format.
@@ -50,7 +50,8 @@ FLOORS: dict[str, tuple[int, set[str]]] = {
 }
 # Imported inside a function only, so that what does not use it does not pay for it.
 INSIDE_FUNCTIONS = {("kernels", "cupy"), ("calibration", "datasets"), ("calibration", "pyarrow"), ("model", "onnx")}
-INSIDE_FUNCTIONS |= {("pipeline", "ray"), ("pipeline", "optuna"), *(("bench", name) for name in ("matplotlib", *PEERS))}
+INSIDE_FUNCTIONS |= {("linalg", "scipy"), ("pipeline", "ray"), ("pipeline", "optuna")}
+INSIDE_FUNCTIONS |= {*(("bench", name) for name in ("matplotlib", *PEERS))}
 KINDS_WITH_A_LIBRARY = ("calibrate", "search", "evaluate", "export")  # one outside library each, inside a function
 # registry.laws hands out the tests of a kind; they build models, and listing methods must not import torch.
 # qtool.load is the package's door for Python programs.

@@ -162,7 +162,7 @@ def difference(first: Run, other: Run, key: Key) -> Row:
     own, before = (run.parts.get((*key, "compressed"), []) for run in (other, first))
     if own and len(own) == len(before):
         error = difference_error(own, before)
-    return {"difference": delta, "difference_stderr": error, "is_significant": is_significant(delta, error)}
+    return {"difference": delta, "difference_stderr": error, "is_significant": is_significant(delta, error, len(own))}
 
 
 def is_on_front(row: Row, rows: Sequence[Row], cost: str, is_higher_better: bool) -> bool:

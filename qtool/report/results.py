@@ -60,7 +60,8 @@ def compare(row: dict[str, Any], originals: Sequence[dict[str, Any]]) -> dict[st
     if len(row["parts"]) != len(before["parts"]):
         return row  # a tokenizer of its own cuts the text elsewhere
     difference, error = row["value"] - before["value"], difference_error(row["parts"], before["parts"])
-    found = {"difference": difference, "difference_stderr": error, "is_significant": is_significant(difference, error)}
+    is_more = is_significant(difference, error, len(row["parts"]))
+    found = {"difference": difference, "difference_stderr": error, "is_significant": is_more}
     return row | found
 
 

@@ -73,8 +73,20 @@ def test_the_jackknife_of_a_mean_is_the_mean() -> None:
 
 @pytest.mark.parametrize(("error", "verdict"), [(0.1, False), (0.04, True), (None, None), (0.0, True)])
 def test_a_difference_counts_beyond_two_errors(error: float | None, verdict: bool | None) -> None:
-    assert is_significant(0.1, error) is verdict
+    assert is_significant(0.1, error, 1000) is verdict
+
+
+@pytest.mark.parametrize(("n_units", "point"), [(2, 12.706), (3, 4.303), (11, 2.228), (121, 1.980)])
+def test_few_units_need_more_standard_errors_as_students_table_has_it(n_units: int, point: float) -> None:
+    assert is_significant(point + 0.001, 1.0, n_units) is True
+    assert is_significant(-point + 0.001, 1.0, n_units) is False
+
+
+def test_chance_alone_is_called_significant_in_one_of_twenty_cases() -> None:
+    cases = [[value - 2.0 for value in draws(4, seed)] for seed in range(2000)]
+    found = sum(bool(is_significant(statistics.fmean(case), standard_error(case), 4)) for case in cases)
+    assert found / 2000 == pytest.approx(0.05, abs=0.015)  # three standard errors; with 1.96 it were 0.14
 
 
 def test_nothing_is_no_significant_change() -> None:
-    assert is_significant(0.0, 0.0) is False
+    assert is_significant(0.0, 0.0, 5) is False
