@@ -94,7 +94,7 @@ KIVI = {"key_bits": 4, "value_bits": 4, "group": 64, "residual": 0, "keys": "per
 def qtool_steps(scheme: str, method: str) -> Steps | None:
     """The steps of a chain, options as the recipes in recipes/ have them, or a recipe's; None where its file does not exist.
 
-    With kv4 at its end a scheme has the cache rounded before weights are.
+    With kv4 at its end a scheme has the cache rounded before weights are, and while rotations learn.
     """
     linears, *cache = scheme.removeprefix("planted:").split("kv")
     if method == "best":
@@ -111,6 +111,9 @@ def qtool_steps(scheme: str, method: str) -> Steps | None:
         steps = [{f"transform/{name}": known[name]} for name in transforms] + [{f"quantize/{rounding}": {"scheme": linears}}]
     if steps is None or not cache:
         return steps
+    for step in steps:
+        for name in {"transform/spinquant", "transform/ostquant"} & step.keys():
+            step[name] |= {"cache": dict(KIVI)}  # the recipe has no aliases
     before = sum(next(iter(step)).startswith("transform/") for step in steps)
     return [*steps[:before], {"quantize/kivi": KIVI}, *steps[before:]]
 

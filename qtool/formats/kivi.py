@@ -62,10 +62,19 @@ class Side:
         return hadamard_product(x) if self.is_rotated else x
 
     def round(self, x: Tensor) -> Tensor:
-        """x [batch, kv heads, tokens, head_dim], whole units, as the cache gives it back, in x's dtype."""
-        q, scale, zero = fit(self.to_groups(x.detach()), self.bits)
-        rounded = self.from_groups(decode(q, scale, zero)).to(x.dtype)
-        return x + (rounded - x).detach() if x.requires_grad else rounded  # gradients pass as if nothing were rounded
+        """x [batch, kv heads, tokens, head_dim], whole units, as the cache gives it back, in x's dtype.
+
+        Gradients pass as if an error were a fixed share of its group's scale: x^ = x + s e,  e = (x^ - x) / s held.
+        """
+        groups = self.to_groups(x)
+        q, scale, zero = fit(groups.detach(), self.bits)
+        rounded = decode(q, scale, zero)
+        if groups.requires_grad:
+            error = ((rounded - groups) / scale).detach()
+            reach = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)  # [..., 1]
+            soft = groups + reach / ((1 << self.bits) - 1) * error
+            rounded = soft + (rounded - soft).detach()
+        return self.from_groups(rounded).to(x.dtype)
 
     def bytes_per_token(self, head_dim: int) -> float:
         """Of one head's codes, scales and zeros; words of a group are whole."""

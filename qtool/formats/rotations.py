@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.errors import QtoolError
+from qtool.formats.kivi import KiviScheme
 from qtool.formats.scheme import Scheme, SchemeSelection
 from qtool.options import Options
 
@@ -47,6 +48,9 @@ class LearnedRotations(SchemeSelection, OnlineOption):
     rounds: Literal["both", "inputs", "weights"] = Field(
         "both", description="what is rounded while rotations learn; inputs where GPTQ follows, which sees to the weights itself"
     )
+    cache: KiviScheme | None = Field(
+        None, description="how the key/value cache is rounded while rotations learn: options of the quantize/kivi that follows"
+    )
     steps: int = Field(100, ge=0, description="updates")
     batch: int = Field(8, ge=1, description="windows in one update")
 
@@ -57,5 +61,6 @@ class LearnedRotations(SchemeSelection, OnlineOption):
 
     def check_rounding(self, where: str) -> None:
         """Raise QtoolError, which begins with `where`, if nothing would be rounded."""
-        if self.rounds == "inputs" and self.scheme != "search" and all(one.activations is None for one in self.schemes):
+        rounds_weights = self.rounds != "inputs" or self.scheme == "search"
+        if not rounds_weights and self.cache is None and all(one.activations is None for one in self.schemes):
             raise QtoolError(f"{where}: rounds is inputs, but the scheme rounds none, as w4a4 would; set rounds: weights")

@@ -44,7 +44,7 @@ from qtool.model.kept import Kept, machine
 from qtool.model.linear import is_linear, shape_of
 from qtool.model.memory import return_free_memory
 from qtool.model.readers import reader_of
-from qtool.model.rounded_attention import quantize_by_kivi, round_attention
+from qtool.model.rounded_attention import misfit, quantize_by_kivi, round_attention
 from qtool.model.store import (
     INPUTS,
     LOW_RANK,
@@ -458,6 +458,13 @@ class ModelHandle:
     def attention_names(self) -> list[str]:
         """Every attention that keeps keys and values in a cache."""
         return [f"{self.blocks_name}.{i}.{name}" for i, block in enumerate(self._skeletons) for name in attentions_of(block)]
+
+    def check_kivi(self, scheme: KiviScheme, where: str) -> None:
+        """Raise QtoolError, which begins with `where`, if an attention cannot read such a cache or its heads do not divide."""
+        for name in self.attention_names():
+            reason = misfit(self.model.get_submodule(name)) or scheme.misfit(self.head_dim, self.head_dim)
+            if reason is not None:
+                raise QtoolError(f"{where}: {name}: {reason}")
 
     @property
     def head_dim(self) -> int:

@@ -1,12 +1,13 @@
 """The whole model in memory, rotated by matrices that gradients reach and rounded as it will be: what rotations learn by.
 
-    logits = f(tokens; W^ of the rotated W, rounded inputs)      straight through every rounding
+    logits = f(tokens; W^ of the rotated W, rounded inputs, rounded keys and values)      straight through every rounding
 Weights are folded and rotated anew for every forward, in float32; `learn` keeps the best rotations that it saw.
 Why the whole model: one Q serves all blocks, and what it costs shows at the end alone.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from qtool.layers.rounded_linear import RoundedLinear, soft_snap_inputs
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import is_linear, weight_of
 from qtool.model.rotation import Places, Rotations, block_edits
+from qtool.model.rounded_attention import rounded_by_kivi
 from qtool.model.wiring import Edits, oriented
 
 See = Callable[..., None]  # (module, arguments, name=...): a pre-hook that knows the linear's name
@@ -59,6 +61,7 @@ class RotatedNetwork:
         self._module = module
         self._places = places
         self._whole = Block(model, -1, module, "")
+        self._attentions = [module.get_submodule(name) for name in model.attention_names()]
         self._linears = [name for name in model.linear_names() if is_linear(module.get_submodule(name))]
 
     @property
@@ -86,7 +89,9 @@ class RotatedNetwork:
         layers = self._rounded_layers({name: value.float() for name, value in edits.items()}, rotations, options, see)
         rest = {name: value.float() for name, value in edits.items() if name.rpartition(".")[0] not in layers}
         placed = {name: oriented(self._whole.get(name.rpartition(".")[0]), value) for name, value in rest.items()}
-        with self._whole.replaced(layers):
+        with self._whole.replaced(layers), ExitStack() as stack:
+            if options.cache is not None and see is None:
+                stack.enter_context(rounded_by_kivi(self._attentions, options.cache))
             arguments = (self.windows(rows),), {"use_cache": False}
             logits: Tensor = torch.func.functional_call(self._module, placed, *arguments, tie_weights=False).logits
         return logits

@@ -9,6 +9,8 @@
         value rows             W <- Rᵀ W,  bias <- bias R       output columns of the heads that read them   W <- W R
     v <- v / s                 outputs of a linear that another one reads, channel by channel, before v <- v R: W_1 <- W_1 / s,
                                W_2 <- W_2 s; where a trial says that it passes
+    k <- k s,  q <- q / s      keys and queries of one head, s the same for both channels that a rotary position turns together:
+                               rows of their linears, or gains of the norms they pass; where a trial says that it passes
     x <- (x D) H / √in         the input of one linear, while it runs; W <- W D H / √in (see layers/rotated_input.py)
 RMSNorm without gain commutes with every Q, LayerNorm with those that keep the mean, Q 1 = 1: for both the module stays what it
 was. What reads and writes x is found by tensor identity and shapes, where values lie in a fused linear by trial; the rotated
@@ -18,6 +20,7 @@ instead of being subtracted by the layer before.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -57,6 +60,17 @@ class ValueHeads:
 
 
 @dataclass(frozen=True)
+class KeyScaling:
+    """A verified place for a scale s [n] of keys: k <- k s, q <- q / s; which one each channel has, n where none."""
+
+    query: str  # a linear or a norm; a fused linear makes both
+    key: str
+    of_query: Tensor  # [channels of query's source]
+    of_key: Tensor  # [channels of key's source]
+    n: int
+
+
+@dataclass(frozen=True)
 class UnitPlaces:
     """What can be rotated in a block, or outside the blocks; `refusal` says why the residual stream there cannot."""
 
@@ -68,6 +82,7 @@ class UnitPlaces:
     refusal: str | None = None
     keeps_mean: bool = False  # a norm subtracts the mean
     scalings: tuple[Scaling, ...] = ()  # from one linear to another, where they were asked for
+    keys: KeyScaling | None = None  # where they were asked for
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,11 @@ class Places:
         return {one.source: int(one.spread.max()) + 1 for unit in self.blocks for one in unit.scalings}
 
     @property
+    def keys(self) -> dict[str, int]:
+        """What makes keys, or norms them, where these can be scaled: their number of scales."""
+        return {unit.keys.key: unit.keys.n for unit in self.blocks if unit.keys is not None}
+
+    @property
     def inputs(self) -> dict[str, int]:
         """Linears whose input can be rotated while they run: their number of inputs."""
         return {name: width for unit in self.blocks for name, width in unit.inputs.items()}
@@ -104,6 +124,12 @@ class Places:
         n = sum(unit.values is None for unit in self.blocks)
         if n:
             note(f"in {n} of {len(self.blocks)} blocks values do not pass from one linear to another; theirs are not rotated")
+
+    def note_keys(self, note: Callable[[str], None]) -> None:
+        """Tell how many blocks have no keys that could be scaled."""
+        n = sum(unit.keys is None for unit in self.blocks)
+        if n:
+            note(f"in {n} of {len(self.blocks)} blocks no scale passes from keys to queries; theirs are not scaled")
 
     def check_residual(self) -> None:
         """Raise QtoolError, naming the layer, where the residual stream cannot be rotated."""
@@ -125,14 +151,16 @@ class Rotations:
     heads: dict[str, Tensor] = field(default_factory=dict)  # linear that makes values: R [kv heads, head_dim, head_dim]
     inputs: dict[str, Tensor] = field(default_factory=dict)  # linear: signs [in]
     scales: dict[str, Tensor] = field(default_factory=dict)  # linear that another one reads: s [channels]
+    keys: dict[str, Tensor] = field(default_factory=dict)  # what makes keys, or norms them: s [n]
     losses: tuple[float, ...] = ()  # of the rounded model, where they were learned: at the start, then at each check
     qsur: tuple[float, float] | None = None  # of the linears' inputs, before and after, where it was looked at
 
     def detached(self, losses: Sequence[float]) -> "Rotations":
         """A copy that gradients do not reach, with the losses that led there."""
         residual = None if self.residual is None else self.residual.detach().clone()
-        heads, scales = ({n: t.detach().clone() for n, t in part.items()} for part in (self.heads, self.scales))
-        return Rotations(residual, heads, self.inputs, scales, tuple(losses))
+        parts = (self.heads, self.scales, self.keys)
+        heads, scales, keys = ({name: tensor.detach().clone() for name, tensor in part.items()} for part in parts)
+        return Rotations(residual, heads, self.inputs, scales, keys, tuple(losses))
 
     def judged(self, before: float, after: float) -> "Rotations":
         """The same with the QSUR of the linears' inputs before and after it."""
@@ -142,17 +170,17 @@ class Rotations:
 # ---- where ----
 
 
-def find_places(model: ModelHandle, tokens: Tensor, with_scalings: bool = False) -> Places:
+def find_places(model: ModelHandle, tokens: Tensor, with_scalings: bool = False, with_keys: bool = False) -> Places:
     """Everything that can be rotated; tokens [1, length] are what the trials look at. Loads one block at a time."""
     hidden = model.embed(tokens)
     units = []
     for block in model.blocks():
-        units.append(find_block_places(block, hidden, with_scalings))
+        units.append(find_block_places(block, hidden, with_scalings, with_keys))
         hidden = block.forward(hidden)
     return Places(hidden.shape[-1], tuple(units), find_outer_places(model, hidden))
 
 
-def find_block_places(block: Block, sample: Tensor, with_scalings: bool = False) -> UnitPlaces:
+def find_block_places(block: Block, sample: Tensor, with_scalings: bool = False, with_keys: bool = False) -> UnitPlaces:
     """The places of one block; sample [1, length, hidden] is what it is fed."""
     width = sample.shape[-1]
     groups, order = trace(block, sample)
@@ -169,13 +197,15 @@ def find_block_places(block: Block, sample: Tensor, with_scalings: bool = False)
     inputs = {name: shape_of(linears[name])[1] for name in writers if signs_of(linears[name]) is None}
     trial = Trial(block, sample)
     alone = [name for name in writers if not name.startswith(tuple(experts))]
+    values = _find_values(trial, alone, order)
     found = UnitPlaces(
         tuple(Reading(norm, tuple(names)) for norm, names in readings.items()),
         writers,
-        values=_find_values(trial, alone, order),
+        values=values,
         inputs=inputs,
         keeps_mean=any(_subtracts_mean(norm) for norm in norms.values()),
         scalings=_find_scalings(trial, alone, order) if with_scalings else (),
+        keys=None if values is None or not with_keys else _find_keys(trial, values, order),
     )
     return replace(found, refusal=_refusal(trial, found, norms))
 
@@ -305,6 +335,62 @@ def _value_candidates(block: Block, output: str, order: list[str]) -> Iterator[V
             yield ValueHeads(name, output, found, columns.view(len(found), -1, size))
 
 
+def _find_keys(trial: "Trial", values: ValueHeads, order: list[str]) -> KeyScaling | None:
+    """The place for most scales of keys that random ones pass."""
+    for keys in _key_candidates(trial.block, values, order):
+        s = torch.rand(keys.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+        edits: Edits = {}
+        _scale_keys(trial.block, keys, s.to(trial.reference.device), edits)
+        if trial.change(edits, Rotations()) <= TOLERANCE:
+            return keys
+    return None
+
+
+def _key_candidates(block: Block, values: ValueHeads, order: list[str]) -> Iterator[KeyScaling]:
+    """Where queries and keys might be made, or normed, with every way in which positions could turn their channels."""
+    n_kv, group, size = values.columns.shape
+    n_heads = n_kv * group
+    before = [name for name in order[: order.index(values.output)] if is_linear(block.get(name)) and name != values.value]
+    width = {name: shape_of(block.get(name))[0] for name in before}
+    norms = [(f"{block.name}.{name}", module) for name, module in block.module.named_modules() if _is_norm(module)]
+    gains = {name: cast(Tensor, module.weight).numel() for name, module in norms}
+    for pair in _rotary_pairs(size):  # [size]
+        n = int(pair.max()) + 1
+        key = torch.arange(n_kv).mul(n).unsqueeze(1) + pair  # [kv heads, size]
+        query = key.repeat_interleave(group, 0)  # [heads, size]
+        for first, second in itertools.combinations((*before, *gains), 2):
+            channels = (width | gains)[first], (width | gains)[second]
+            if channels == (n_heads * size, n_kv * size):
+                yield KeyScaling(first, second, query.flatten(), key.flatten(), n_kv * n)
+            elif channels == (size, size) and first in gains and second in gains:
+                yield KeyScaling(first, second, pair, pair, n)
+        n_slots = shape_of(block.get(values.value))[0] // size
+        if n_slots != n_heads + 2 * n_kv:
+            continue
+        of_values = torch.full_like(key, n_kv * n)  # [kv heads, size]
+        none = torch.full_like(query, n_kv * n)  # [heads, size]
+        in_a_row = torch.cat([query, of_values, of_values]), torch.cat([none, key, of_values])
+        by_group = (
+            torch.cat([query.view(n_kv, -1, size), of_values.expand(2, -1, -1).transpose(0, 1)], 1),
+            torch.cat([none.view(n_kv, -1, size), key.unsqueeze(1), of_values.unsqueeze(1)], 1),
+        )
+        for of_query, of_key in (in_a_row, by_group):
+            yield KeyScaling(values.value, values.value, of_query.flatten(), of_key.flatten(), n_kv * n)
+
+
+def _rotary_pairs(size: int) -> Iterator[Tensor]:
+    """Which channels of a head share a scale [size]: none, or those that positions turn together.
+
+    Turned are all channels, or the first half or quarter; a channel with that of the other half, or with its neighbour.
+    """
+    yield torch.arange(size)
+    for turned in (size, size // 2, size // 4):
+        if turned % 2 == 0:
+            half, rest = torch.arange(turned // 2), torch.arange(turned // 2, size - turned // 2)
+            yield torch.cat([half, half, rest])
+            yield torch.cat([half.repeat_interleave(2), rest])
+
+
 # ---- what becomes of the weights ----
 
 
@@ -314,6 +400,8 @@ def block_edits(block: Block, places: UnitPlaces, rotations: Rotations) -> Edits
     for scaling in places.scalings:
         if (s := rotations.scales.get(scaling.source)) is not None:
             scale_edits(block, scaling, s, edits)
+    if places.keys is not None and (s := rotations.keys.get(places.keys.key)) is not None:
+        _scale_keys(block, places.keys, s, edits)
     if (Q := rotations.residual) is not None:
         for name in places.embeddings:
             edits[f"{name}.weight"] = _weight(block, name, edits, Q) @ Q
@@ -330,6 +418,13 @@ def block_edits(block: Block, places: UnitPlaces, rotations: Rotations) -> Edits
             W = edits.get(f"{name}.weight")
             edits[f"{name}.weight"] = rotate_rows(weight_of(block.get(name)).double() if W is None else W, signs)
     return edits
+
+
+def _scale_keys(block: Block, keys: KeyScaling, s: Tensor, edits: Edits) -> None:
+    """Multiply what makes keys by s [n], and divide what makes queries."""
+    factor = torch.cat([s, s.new_ones(1)])
+    for source, of_channel, divisor in ((keys.query, keys.of_query, factor), (keys.key, keys.of_key, 1 / factor)):
+        scale_edits(block, Scaling(source, (), of_channel), divisor[of_channel.to(s.device)], edits)
 
 
 def _turn_reading(block: Block, reading: Reading, Q: Tensor, edits: Edits) -> None:

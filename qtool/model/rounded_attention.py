@@ -11,11 +11,14 @@ Why a layer and not another Cache: generate() and models make the cache, in many
 
 import copy
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -120,12 +123,22 @@ class KiviPassage:
         return getattr(self._cache, name)
 
 
-def quantize_by_kivi(attention: nn.Module, scheme: KiviScheme) -> None:
+def quantize_by_kivi(attention: nn.Module, scheme: KiviScheme) -> RemovableHandle:
     """Let an attention keep its keys and values by the scheme; raises QtoolError where it cannot."""
     if getattr(attention, STATE, AttentionState()).kivi is not None:
         raise QtoolError(f"{type(attention).__name__}: its cache is quantized already; quantize it once")
     state_of(attention).kivi = scheme
-    stand_in(attention, lambda module, cache: KiviPassage(module, cache, scheme))
+    return stand_in(attention, lambda module, cache: KiviPassage(module, cache, scheme))
+
+
+@contextmanager
+def rounded_by_kivi(attentions: Iterable[nn.Module], scheme: KiviScheme) -> Iterator[None]:
+    """For a while, let attentions round their keys and values by the scheme; raises QtoolError where one cannot."""
+    with ExitStack() as stack:
+        for attention in attentions:
+            stack.callback(quantize_by_kivi(attention, scheme).remove)
+            stack.callback(setattr, state_of(attention), "kivi", None)
+        yield
 
 
 def round_attention(attention: nn.Module, rounding: AttentionRounding) -> None:

@@ -48,7 +48,8 @@ def run_rotation(
     n_updates = options.steps if isinstance(options, LearnedRotations) else 0
     progress.stage(method.key, original.n_blocks + 1 + n_updates)
     sample = trial_tokens(original)
-    places = find_places(original, sample, with_scalings="inputs" in method.needed(options))
+    rounds_cache = isinstance(options, LearnedRotations) and options.cache is not None
+    places = find_places(original, sample, with_scalings="inputs" in method.needed(options), with_keys=rounds_cache)
     if (folder.path / KEPT).is_file():
         for _ in range(n_updates):
             progress.advance()
@@ -101,6 +102,7 @@ def answer(
     whole = {} if rotations.residual is None else {"residual": rotations.residual}
     whole |= {f"heads:{name}": R for name, R in rotations.heads.items()}
     whole |= {f"scales:{name}": s for name, s in rotations.scales.items()}
+    whole |= {f"keys:{name}": s for name, s in rotations.keys.items()}
     whole |= {f"inputs:{name}": signs for name, signs in rotations.inputs.items()}
     learned = {"losses": list(rotations.losses), "qsur": rotations.qsur}
     folder.write_records("outer", {"linears": [], "fallbacks": notes, "learned": learned if rotations.losses else {}})
@@ -111,9 +113,9 @@ def answer(
 def kept_rotations(model: ModelHandle, folder: StepFolder) -> Rotations:
     """The rotations that the method answered, on the model's device."""
     found = {name: tensor.to(model.device) for name, tensor in load_file(folder.path / KEPT).items()}
-    kinds = ("heads:", "inputs:", "scales:")
-    heads, inputs, scales = ({n.split(":", 1)[1]: t for n, t in found.items() if n.startswith(kind)} for kind in kinds)
-    return Rotations(found.get("residual"), heads, inputs, scales)
+    kinds = ("heads:", "inputs:", "scales:", "keys:")
+    heads, inputs, scales, keys = ({n.split(":", 1)[1]: t for n, t in found.items() if n.startswith(kind)} for kind in kinds)
+    return Rotations(found.get("residual"), heads, inputs, scales, keys)
 
 
 def turn_block(

@@ -92,10 +92,24 @@ def test_what_float16_cannot_hold_is_refused(bad: float) -> None:
         fit(torch.tensor([0.0, bad]), 2)
 
 
-def test_gradients_pass_as_if_nothing_were_rounded() -> None:
-    x = torch.randn(1, 1, 2, 16, requires_grad=True)
-    KiviScheme(group=16).sides[1].round(x).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradients_pass_as_if_errors_were_fixed_shares_of_the_scale(side: int) -> None:
+    side_of = KiviScheme(group=16).sides[side]
+    x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    (side_of.round(x) * weights).sum().backward()
+    if side == 0:  # a group of keys is one channel of the tokens
+        x, weights, grad = x.mT, weights.mT, x.grad.mT if x.grad is not None else None
+    else:
+        grad = x.grad
+    for row, weight, found in zip(x.detach()[0, 0], weights[0, 0], grad[0, 0] if grad is not None else (), strict=True):
+        codes, scale, zero = fit(row, 2)
+        share = (codes * scale + zero - row) / scale
+        pull = float((share * weight).sum()) / 3  # of the scale, by range / 3
+        expected = weight.clone()
+        expected[row.argmax()] += pull
+        expected[row.argmin()] -= pull
+        assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ SAMPLE = torch.randint(2, 4096, (1, 24), generator=torch.Generator().manual_seed
 LAYER_NORMS = ("opt", "gpt2", "gpt_neox", "falcon")
 VALUES = {"phi3": ("qkv_proj", 2), "gpt2": ("c_attn", 4), "gpt_neox": ("query_key_value", 4), "falcon": ("query_key_value", 1)}
 VALUES |= {"opt": ("v_proj", 4)}
+# What makes keys, or norms them, and how many scales: heads times pairs of channels, or channels where positions turn none.
+KEYS = {"qwen3": ("k_norm", 8), "gemma3": ("k_norm", 8), "phi3": ("qkv_proj", 2 * 8), "falcon": ("query_key_value", 8)}
+KEYS |= {"opt": ("k_proj", 4 * 16), "gpt2": ("c_attn", 4 * 16), "gpt_neox": ("query_key_value", 4 * (2 + 12))}
 
 
 def opened(folder: Path) -> ModelHandle:
@@ -57,6 +60,27 @@ def test_every_family_has_its_places(family: str, tiny_model: TinyModel) -> None
             places.check_residual()
     else:
         places.check_residual()
+
+
+def test_keys_can_be_scaled_in_every_family_both_channels_of_a_rotary_pair_alike(family: str, tiny_model: TinyModel) -> None:
+    model = opened(tiny_model(family))
+    hidden = model.embed(SAMPLE)
+    block = model.block(0)
+    places = find_block_places(block, hidden, with_keys=True)
+    assert places.keys is not None
+    assert (places.keys.key.rsplit(".", 1)[-1], places.keys.n) == KEYS.get(family, ("k_proj", 2 * 8))
+    s = torch.linspace(0.5, 2, places.keys.n, dtype=torch.float64)
+    rotations = Rotations(keys={places.keys.key: s})
+    edits = block_edits(block, places, rotations)
+    assert Trial(block, hidden).change(edits, rotations) <= TOLERANCE
+    of_key = places.keys.of_key
+    changed = block.get(places.keys.key).weight.detach().double()
+    rows = of_key < places.keys.n
+    if family == "llama":
+        assert torch.equal(of_key, torch.arange(8).repeat(4) + torch.arange(2).repeat_interleave(16) * 8)
+    if family in ("llama", "qwen3"):
+        scaled = changed * (s[of_key][:, None] if changed.ndim == 2 else s[of_key])
+        assert torch.allclose(edits[f"{places.keys.key}.weight"].double()[rows], scaled[rows], rtol=1e-6)
 
 
 def test_values_in_fused_linears_lie_where_the_families_put_them(tiny_model: TinyModel) -> None:

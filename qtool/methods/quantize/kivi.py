@@ -19,11 +19,9 @@ Costs: nothing before; at run time codes are decoded for each token, and a promp
 
 from torch import Tensor
 
-from qtool.errors import QtoolError
 from qtool.formats.kivi import KiviScheme
 from qtool.layers.kivi_cache import KiviCache
 from qtool.model.handle import ModelHandle
-from qtool.model.rounded_attention import misfit
 from qtool.registry import Method
 
 
@@ -37,12 +35,9 @@ def kivi(k: Tensor, v: Tensor, options: KiviOptions) -> tuple[Tensor, Tensor]:
     return view.k.late, view.v.late
 
 
-def check_attentions(model: ModelHandle, options: KiviOptions) -> None:
+def check(model: ModelHandle, options: KiviOptions) -> None:
     """Raise QtoolError where an attention cannot read such a cache, or its heads do not divide into groups."""
-    for name in model.attention_names():
-        reason = misfit(model.model.get_submodule(name)) or options.misfit(model.head_dim, model.head_dim)
-        if reason is not None:
-            raise QtoolError(f"quantize/kivi: {name}: {reason}")
+    model.check_kivi(options, "quantize/kivi")
 
 
-METHOD = Method(run=kivi, options=KiviOptions, scope="packed_cache", check=check_attentions)
+METHOD = Method(run=kivi, options=KiviOptions, scope="packed_cache", check=check)

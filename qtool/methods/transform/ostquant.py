@@ -2,15 +2,17 @@
 
     min over R, S   KL_k(p, q)       p, q of the model as it was and as it is, rotated, scaled and rounded
     x <- x R_res,  v <- (v / S_ov) R_ov,  u <- u / S_ud      x [tokens, hidden]    v of one head    u what down_proj reads
-R_res is one for all; R_ov one for each key/value head, S_ov and S_ud [channels] of each block, wherever a scale passes from
-one linear to the next, as found by trial. KL_k takes the k tokens that the model as it was finds likeliest, both distributions
-made to sum to 1 over them. All of it is folded in the end, as transform/hadamard folds, and the model computes what it did.
+    k <- k S_qk,  q <- q / S_qk                              k, q of one head, before their positions turn them
+R_res is one for all; R_ov one for each key/value head, S_ov, S_ud [channels] and S_qk [rotary pairs, both channels alike] of
+each block, wherever a scale passes from one linear to the next, as found by trial; S_qk where `cache` is rounded, since rows of
+weights have scales of their own and it would change nothing else. KL_k takes the k tokens that the model as it was finds
+likeliest, both distributions made to sum to 1 over them. All of it is folded in the end, as transform/hadamard folds, and the
+model computes what it did.
 WOMI starts it: R = V Hᵀ / √n with V the eigenvectors of the weights that read x, so that all channels have the same variance.
 Rotations move by Cayley Adam (linalg/stiefel.py), log S by Adam; the best values seen are kept, the start among them. QSUR
 (linalg/qsur.py) of the linears' inputs, before and after, stands with the step in results.json.
-Source: Hu et al. 2025, arXiv:2501.13987. Differs: log S learns, so that S stays positive; queries and keys are not scaled:
-rows of weights have scales of their own, so that it would change no rounding but the cache's; norms' outputs are not
-scaled; rates are those of the text, for log S a third, as the paper states two; Cayley Adam for Riemannian Adam.
+Source: Hu et al. 2025, arXiv:2501.13987. Differs: log S learns, so that S stays positive; norms' outputs are not scaled; rates
+are those of the text, for log S a third, as the paper states two; Cayley Adam for Riemannian Adam.
 For: four-bit inputs; where a few channels within heads or of down_proj's input stand out, more than spinquant.
 Costs: gradients through the whole model in memory, in float32, and its own predictions, `steps` times `batch` windows.
 """
@@ -50,20 +52,25 @@ def ostquant(
     """The best rotations and scales seen; raises QtoolError where the model does not allow any."""
     places.check_residual()
     places.note_heads(note)
+    if options.cache is not None:
+        places.note_keys(note)
     random = torch.Generator().manual_seed(seed)
     matrices = [levelling_rotation(network.reading_covariance().cpu(), places.keeps_mean, random)]
     for Sigmas in network.reading_of_heads().values():
         matrices.append(torch.stack([levelling_rotation(Sigma.cpu(), False, random) for Sigma in Sigmas]))
     matrices = [R.to(network.device).requires_grad_() for R in matrices]
-    logs = [torch.zeros(n, dtype=torch.float64, device=network.device).requires_grad_() for n in places.scales.values()]
+    n_scales = (*places.scales.values(), *places.keys.values())
+    logs = [torch.zeros(n, dtype=torch.float64, device=network.device).requires_grad_() for n in n_scales]
     inputs = {name: random_signs(n, random) for name, n in places.inputs.items()} if options.online else {}
     cayley = CayleyAdam(matrices, [places.keeps_mean, *(False for _ in places.heads)])
     adam = None if not logs else torch.optim.Adam(logs, lr=options.scale_lr)
 
     def rotations() -> Rotations:
         heads = dict(zip(places.heads, matrices[1:], strict=True))
-        scales = {name: log.exp() for name, log in zip(places.scales, logs, strict=True)}
-        return Rotations(matrices[0], heads, inputs, scales)
+        S = [log.exp() for log in logs]
+        scales = dict(zip(places.scales, S[: len(places.scales)], strict=True))
+        keys = dict(zip(places.keys, S[len(places.scales) :], strict=True))
+        return Rotations(matrices[0], heads, inputs, scales, keys)
 
     def loss(rows: Tensor) -> Tensor:
         return kl_of_largest(network.original_logits(rows), network.logits(rotations(), options, rows), options.k).mean()
@@ -96,8 +103,10 @@ def mean_qsur(network: RotatedNetwork, rotations: Rotations, options: OstQuantOp
 
 
 def check(model: ModelHandle, options: OstQuantOptions) -> None:
-    """Raise QtoolError where nothing would be rounded."""
+    """Raise QtoolError where nothing would be rounded, or the cache cannot be."""
     options.check_rounding("transform/ostquant")
+    if options.cache is not None:
+        model.check_kivi(options.cache, "transform/ostquant")
 
 
 def parts_head(options: OstQuantOptions) -> bool:

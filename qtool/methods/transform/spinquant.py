@@ -67,8 +67,10 @@ def spinquant(
 
 
 def check(model: ModelHandle, options: SpinQuantOptions) -> None:
-    """Raise QtoolError where nothing would be rounded."""
+    """Raise QtoolError where nothing would be rounded, or the cache cannot be."""
     options.check_rounding("transform/spinquant")
+    if options.cache is not None:
+        model.check_kivi(options.cache, "transform/spinquant")
 
 
 def parts_head(options: SpinQuantOptions) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.linalg.divergence import kl, kl_of_largest
@@ -28,9 +29,9 @@ TinyModel = Callable[..., Path]
 
 
 @contextmanager
-def network_of(folder: Path, tokens: Tensor) -> Iterator[tuple[Places, RotatedNetwork]]:
+def network_of(folder: Path, tokens: Tensor, with_keys: bool = False) -> Iterator[tuple[Places, RotatedNetwork]]:
     model = ModelHandle(ModelOptions(path=str(folder), dtype="float32"))
-    places = find_places(model, tokens[:1], with_scalings=True)
+    places = find_places(model, tokens[:1], with_scalings=True, with_keys=with_keys)
     with model.materialized() as module:
         yield places, RotatedNetwork(model, module.float(), places, tokens)
 
@@ -142,12 +143,32 @@ def test_the_best_is_kept_and_everything_learns(family: str, tiny_model: TinyMod
     assert all((a - b).abs().max() > 1e-3 for a, b in pairs)
 
 
+def test_scales_of_keys_learn_where_the_cache_is_rounded(tiny_model: TinyModel, windows: Tensor) -> None:
+    folder, attention = tiny_model("llama"), "model.layers.0.self_attn"
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{attention}.k_proj.weight"][[3, 11]] *= 16  # two channels of a head of keys, turned together, that stand out
+    weights[f"{attention}.q_proj.weight"][[3, 11, 19, 27]] /= 16
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    cache = {"key_bits": 2, "value_bits": 8, "group": 16, "residual": 0, "keys": "per_token"}
+    options = OstQuantOptions.model_validate(
+        {"scheme": "w8a8", "rounds": "inputs", "cache": cache, "steps": 12, "batch": 4, "k": 100, "scale_lr": 0.2}
+    )
+    with network_of(folder, windows, with_keys=True) as (places, network):
+        before = network.original_logits(torch.arange(2))
+        found = ostquant(places, network, options, 0, print)
+        assert torch.equal(network.original_logits(torch.arange(2)), before)  # the cache of the module is as it was
+    s = found.keys[f"{attention}.k_proj"]
+    assert len(found.keys) == 2 and len(s) == 2 * 8 and min(found.losses) < 0.9 * found.losses[0]
+    assert s[3] == s.min() < 0.8
+
+
 def test_a_run_keeps_the_logits_and_tells_of_qsur(
     tiny_model: TinyModel, tmp_path: Path, logits_of: Callable[[ModelHandle], Tensor]
 ) -> None:
     folder, path = tiny_model("qwen2"), tmp_path / "recipe.yaml"
     text = {"calibrate/text": {"source": "demo:calibration", "samples": 4, "length": 32}}
-    learn = {"transform/ostquant": {"scheme": "w4a4", "steps": 4, "batch": 2, "online": True, "scale_lr": 0.1}}
+    cache = {"group": 16, "residual": 0}
+    learn = {"transform/ostquant": {"scheme": "w4a4", "cache": cache, "steps": 4, "batch": 2, "online": True, "scale_lr": 0.1}}
     path.write_text(yaml.safe_dump({"model": str(folder), "pipeline": [text, learn]}))
     run_recipe(load(path), tmp_path / "run", Silent())
     changes = (tmp_path / "run" / "state" / "01-transform-ostquant",)
