@@ -4,10 +4,11 @@ Every task, group and tag that lm-eval knows by name, every task in a local fold
 model and needs no network. One metric for each of a task's: `demo_cloze/acc`, with the standard error that lm-eval states.
 Where a metric is the mean over documents, so is a group's, each document's figure pairs it with the original's: the change
 has the standard error of the mean of differences, which a bootstrap over documents converges to. A task's metric of all its
-documents together (word_perplexity, bleu, f1, mcc) is aggregated anew over 200 resamples of them, the same ones for every model,
+documents together (word_perplexity, bleu, f1, mcc) is aggregated anew over 200 resamples of them, the same ones for each model
 by a seed that never changes: from these it and its change have their standard errors. A group has only what lm-eval states.
 What lm-eval returns is written as it would write it: evaluations/STEP/SUBJECT-results.json, and its samples where asked for.
-Answers of the original are kept on disk by the requests' text (model/kept.py), so that the next recipe asks it nothing.
+Answers of the original are kept on disk by the requests' text (model/answers.py), so that the next recipe asks it nothing.
+Processes that torchrun or `accelerate launch` started share the documents, each with the whole model.
 Source: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
 For: what the model can do, in numbers that others know.
 Costs: a pass for every answer of every document: minutes to hours.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from pydantic import Field
 
 from qtool.artifact import Metric, Record
@@ -55,17 +57,23 @@ class LmEvalOptions(Options):
 def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, seed: int) -> list[Metric | Record]:
     """Every metric of every task; raises QtoolError for a task that does not exist or whose data cannot be had."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM, Accelerator
     from lm_eval.utils import handle_non_serializable
 
     manager = find_tasks(options)
-    with silenced(), model.materialized() as module:
+    with silenced(), contextlib.redirect_stdout(io.StringIO()), model.materialized() as module:
         # A copy of the tokenizer, because lm-eval gives it a padding token where it has none.
         lm = HFLM(pretrained=module, tokenizer=copy.deepcopy(model.tokenizer), batch_size=options.batch_size)
+        if dist.is_initialized():  # as lm-eval does with a model that it has loaded itself
+            lm.accelerator = Accelerator(cpu=model.device.type == "cpu")
+            lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
         recall_answers(lm, model)
         try:
             loaded = manager.load(list(options.tasks))
             manager.load = lambda _: loaded  # once is enough, and its tasks know how they aggregate
+            least = min(options.limit or math.inf, *(len(task.eval_docs) for task in loaded["tasks"].values()))
+            if least < lm.world_size:
+                raise QtoolError(f"evaluate/lm_eval: {lm.world_size} processes share {least} documents; start {least} at most")
             answer = simple_evaluate(
                 lm,
                 tasks=list(options.tasks),
@@ -85,7 +93,9 @@ def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, 
         except (OSError, ValueError) as error:  # no network and no cache, or a task that this model cannot take
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise QtoolError(f"evaluate/lm_eval: {', '.join(options.tasks)}: {reason}") from error
-    samples = answer.pop("samples")
+    if lm.rank != 0:
+        return []
+    samples = {task: sorted(rows, key=lambda row: int(row["doc_id"])) for task, rows in answer.pop("samples").items()}
     found: list[Metric | Record] = []
     for task, results in answer["results"].items():
         items = document_items(samples, subtasks_of(task, answer.get("group_subtasks", {})))
@@ -132,9 +142,9 @@ def subtasks_of(name: str, members: dict[str, list[str]]) -> list[str]:
 
 
 def document_items(samples: dict[str, list[dict[str, Any]]], tasks: list[str]) -> dict[str, list[Any]]:
-    """`metric,filter`: what lm-eval aggregates of every document of the tasks, in the documents' order."""
+    """`metric,filter`: what lm-eval aggregates of every document of the tasks."""
     found: dict[str, list[Any]] = {}
-    for row in (row for task in tasks for row in sorted(samples.get(task, []), key=lambda row: int(row["doc_id"]))):
+    for row in (row for task in tasks for row in samples.get(task, [])):
         for name in row["metrics"]:
             found.setdefault(f"{name},{row['filter']}", []).append(row[name])
     return found
@@ -168,7 +178,7 @@ def read_metrics(
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """No progress bars, no prints and no log lines below errors, which lm-eval would write into qtool's own."""
+    """No progress bars and no log lines below errors, which lm-eval would write into qtool's own."""
     from lm_eval.models.huggingface import tqdm
 
     logger = logging.getLogger("lm_eval")
@@ -180,11 +190,10 @@ def silenced() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = begin_hidden
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
         tqdm.__init__ = begin
         logger.setLevel(level)
 
 
-METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks, measures=("*/*",))
+METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks, measures=("*/*",), is_shared=True)
