@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
+from qtool.linalg.contributions import half_width
 from qtool.report.page import Row
 
 Curves = dict[str, dict[int, float]]  # name: block: value
@@ -69,10 +70,17 @@ def category_map(title: str, words: dict[str, dict[int, str]]) -> Chart | None:
     return {"kind": "heat", "title": title, "x": "block", "categories": known, "values": values} if values else None
 
 
-def intervals(title: str, unit: str, rows: Sequence[tuple[str, float, float | None]]) -> Chart | None:
-    """Values with what 19 of 20 measurements would keep to, 1.96 standard errors; rows of (label, value, standard error)."""
+def spread(row: Row) -> float:
+    """Half of the interval that chance keeps to in 95 of 100 cases, of a row of results; zero of one without an error."""
+    return half_width(row["stderr"], row.get("n_units")) if row["stderr"] else 0.0
+
+
+def intervals(title: str, unit: str, rows: Mapping[str, Row]) -> Chart | None:
+    """Values of rows of results, by their labels, with their 95 % intervals."""
     shown = [
-        {"label": label, "value": value, "spread": 1.96 * (error or 0)} for label, value, error in rows if math.isfinite(value)
+        {"label": label, "value": row["value"], "spread": spread(row)}
+        for label, row in rows.items()
+        if math.isfinite(row["value"])
     ]
     note = "with 95 % intervals" if any(row["spread"] for row in shown) else ""
     return {"kind": "intervals", "title": title, "note": note, "unit": unit, "rows": shown} if shown else None

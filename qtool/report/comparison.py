@@ -19,7 +19,7 @@ import yaml
 
 from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error, is_significant
-from qtool.report.charts import pairs, scatter
+from qtool.report.charts import pairs, scatter, spread
 from qtool.report.page import Cell, Row, number, table, write_page
 from qtool.report.results import are_paired
 
@@ -144,7 +144,7 @@ def compare_runs(runs: Sequence[Run], key: Key) -> Row:
         row = run.metrics["compressed"][key]
         found: Row = {"name": run.name, "path": str(run.path), "status": run.results["status"], **run.costs}
         found |= {"peak_rss_gib": max((stage["peak_rss_gib"] for stage in run.results["stages"]), default=None)}
-        found |= {"value": row["value"], "stderr": row["stderr"], **difference(runs[0], run, key)}
+        found |= {"value": row["value"], "stderr": row["stderr"], "n_units": row.get("n_units"), **difference(runs[0], run, key)}
         measured = {f"{name}@{dataset}": one["value"] for (name, dataset), one in run.metrics["compressed"].items()}
         rows.append(found | {"metrics": measured})
     costs = {cost: words for cost, words in COSTS.items() if all(cost in row for row in rows)}
@@ -183,7 +183,7 @@ def write_comparison(path: Path, compared: Row) -> None:
     charts, known = [], compared["costs"]
     for cost, words in known.items():
         points = [
-            {"x": row[cost], "y": row["value"], "spread": 1.96 * (row["stderr"] or 0), "name": row["name"]}
+            {"x": row[cost], "y": row["value"], "spread": spread(row), "name": row["name"]}
             | {"front": cost in row["front"]}
             for row in rows
         ]

@@ -108,9 +108,8 @@ def _quality(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]]) 
     """A chart for each metric of two subjects or more, and the table of all."""
     charts = []
     for (name, dataset, unit), rows in metrics.items():
-        values = [(subject, row["value"], row["stderr"]) for subject, row in rows.items()]
-        if len(values) > 1 or (name == "perplexity_change" and values):
-            charts.append(intervals(f"{name}, {dataset}", unit, values))
+        if len(rows) > 1 or name == "perplexity_change":
+            charts.append(intervals(f"{name}, {dataset}", unit, rows))
     subjects = dict.fromkeys(row["subject"] for row in results["metrics"])
     cells: list[tuple[Cell, ...]] = []
     for key, rows in metrics.items():

@@ -10,6 +10,7 @@ from qtool.linalg.contributions import (
     RESAMPLES,
     difference_error,
     exponential_parts,
+    half_width,
     is_significant,
     jackknife_parts,
     mean_parts,
@@ -102,6 +103,13 @@ def test_a_difference_counts_beyond_two_errors(error: float | None, verdict: boo
 def test_few_units_need_more_standard_errors_as_students_table_has_it(n_units: int, point: float) -> None:
     assert is_significant(point + 0.001, 1.0, n_units) is True
     assert is_significant(-point + 0.001, 1.0, n_units) is False
+
+
+def test_an_interval_is_what_a_difference_must_leave_to_count() -> None:
+    for n_units, point in ((3, 4.302653), (None, 1.959964)):  # as tables have them; many units: the normal distribution's
+        width = half_width(0.5, n_units)
+        assert width == pytest.approx(0.5 * point, rel=1e-6)
+        assert is_significant(1.001 * width, 0.5, n_units) is True and is_significant(0.999 * width, 0.5, n_units) is False
 
 
 def test_chance_alone_is_called_significant_in_one_of_twenty_cases() -> None:

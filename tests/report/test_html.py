@@ -136,7 +136,9 @@ def test_the_page_of_a_run_shows_its_results(folder: Path, results: dict[str, An
     assert len(page.choices) == 42 and len(page.choices["block 5, mlp.down_proj"]) == 5
     shown = {row["label"]: row for row in page.charts["perplexity, demo:test"]["rows"]}
     (compressed,) = [r for r in results["metrics"] if (r["name"], r["subject"]) == ("perplexity", "compressed")]
-    assert shown["compressed"] == {"label": "compressed", "value": compressed["value"], "spread": 1.96 * compressed["stderr"]}
+    t = 4.302653  # of Student's distribution of two degrees of freedom, for three windows
+    spread = pytest.approx(t * compressed["stderr"], rel=1e-6)
+    assert shown["compressed"] == {"label": "compressed", "value": compressed["value"], "spread": spread}
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_one_script_which_its_policy_names(folder: Path) -> None:
