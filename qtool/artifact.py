@@ -66,7 +66,8 @@ def mean_metric(
     """The weighted mean of one value for each window or document, or its exponential, with its standard error."""
     parts = mean_parts(values, weights)
     parts = exponential_parts(parts) if is_log else parts
-    return Metric(name, dataset, sum(parts) / len(parts), unit, standard_error(parts), part, higher_is_better, parts, len(parts))
+    n, error = len(parts), standard_error(parts)
+    return Metric(name, dataset, sum(parts) / n, unit, error, part, higher_is_better, parts, n)
 
 
 @dataclass(frozen=True)

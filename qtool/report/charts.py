@@ -1,7 +1,7 @@
 """Charts of a page: what each one shows, as data that assets/report/charts.js draws with Observable Plot.
 
     lines      curves {name: [[x, y], ...]}          heat       values [[block, row, value], ...]
-    intervals  rows [{label, value, spread}]         bins       edges, counts {name: [...]}, levels of a grid
+    intervals  rows [{label, value, spread, series}] bins       edges, counts {name: [...]}, levels of a grid
     scatter    points [{x, y, spread, name, front}]
 Why Observable Plot (with d3, which it stands on): it draws SVG in the page itself, so a chart is as wide as a phone or a
 screen leaves it room, takes its colors from the page's light or dark style, and tells values under a finger. Both are kept
@@ -75,11 +75,14 @@ def spread(row: Row) -> float:
     return half_width(row["stderr"], row.get("n_units")) if row["stderr"] else 0.0
 
 
-def intervals(title: str, unit: str, rows: Mapping[str, Row]) -> Chart | None:
-    """Values of rows of results, by their labels, with their 95 % intervals."""
+def intervals(title: str, unit: str, rows: Sequence[tuple[str, str | None, Row]]) -> Chart | None:
+    """Values of rows of results with their 95 % intervals: (label, series, row); those of one series share a color.
+
+    Where there are no series, each label has a color.
+    """
     shown = [
-        {"label": label, "value": row["value"], "spread": spread(row)}
-        for label, row in rows.items()
+        {"label": label, "value": row["value"], "spread": spread(row)} | ({} if series is None else {"series": series})
+        for label, series, row in rows
         if math.isfinite(row["value"])
     ]
     note = "with 95 % intervals" if any(row["spread"] for row in shown) else ""

@@ -144,7 +144,8 @@ def compare_runs(runs: Sequence[Run], key: Key) -> Row:
         row = run.metrics["compressed"][key]
         found: Row = {"name": run.name, "path": str(run.path), "status": run.results["status"], **run.costs}
         found |= {"peak_rss_gib": max((stage["peak_rss_gib"] for stage in run.results["stages"]), default=None)}
-        found |= {"value": row["value"], "stderr": row["stderr"], "n_units": row.get("n_units"), **difference(runs[0], run, key)}
+        found |= {"value": row["value"], "stderr": row["stderr"], "n_units": row.get("n_units")}
+        found |= difference(runs[0], run, key)
         measured = {f"{name}@{dataset}": one["value"] for (name, dataset), one in run.metrics["compressed"].items()}
         rows.append(found | {"metrics": measured})
     costs = {cost: words for cost, words in COSTS.items() if all(cost in row for row in rows)}
