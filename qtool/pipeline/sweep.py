@@ -38,7 +38,7 @@ class Resources(Options):
     cpus: float = Field(1, gt=0, description="processor cores of one trial")
     gpus: float = Field(0, ge=0, description="GPUs of one trial; 0.5: two trials share one")
     parallel: int | None = Field(None, ge=1, description="most trials at once; null: as many as there is room for")
-    retries: int = Field(1, ge=0, description="how often a trial whose process dies, or runs out of memory, goes on in a new one")
+    retries: int = Field(1, ge=0, description="how often a trial whose process dies, of memory too, goes on in a new one")
 
 
 class SweepOptions(Options):
@@ -190,10 +190,8 @@ def check_room(resources: Resources, machines: Sequence[Mapping[str, float]]) ->
     """Raise QtoolError where no single machine of a cluster has what a trial takes, which would wait for ever."""
     if not any(resources.cpus <= one.get("CPU", 0) and resources.gpus <= one.get("GPU", 0) for one in machines):
         there = ", ".join(sorted({f"{one.get('CPU', 0):g} and {one.get('GPU', 0):g}" for one in machines}))
-        raise QtoolError(
-            f"resources: a trial takes {resources.cpus:g} cpus and {resources.gpus:g} gpus on one machine, but they have {there}; "
-            "take fewer"
-        )
+        asked = f"{resources.cpus:g} cpus and {resources.gpus:g} gpus"
+        raise QtoolError(f"resources: a trial takes {asked} on one machine, but they have {there}; take fewer")
 
 
 def run_trial(recipe: str, out: str, cwd: str) -> str | None:
