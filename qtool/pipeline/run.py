@@ -350,7 +350,7 @@ def _evaluate_target(
         except QtoolError as error:  # a layout, or a part of one, that qtool does not read
             notes.append(f"{error}; transformers loads the whole model instead")
             progress.note(notes[0])
-            original.load_by_transformers()
+            original.load_by_transformers(str(error))
     for step in steps:
         check_step(step, original)
     if acceleration is not None:  # one block tells whether there is anything to measure
