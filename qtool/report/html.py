@@ -240,7 +240,7 @@ def _worst(found: Sequence[Row], side: str, field: str) -> Curves:
 
 
 def _of_linear(row: Row) -> list[Chart | None]:
-    """Weights on the grid, levels used, and magnitudes of weights, inputs and channels."""
+    """Weights on the grid, levels used, inputs on theirs, and magnitudes of weights, inputs and channels."""
     grid, edges, charts = row.get("grid"), magnitude_edges(), list[Chart | None]()
     if grid is not None:
         scheme, edges_of_grid = grid["scheme"], level_edges(*grid["range"])
@@ -254,6 +254,10 @@ def _of_linear(row: Row) -> list[Chart | None]:
             borders = _borders(rising)
             after = {"weights after rounding": list(used.values())}
             charts.append(bins("Levels used", "in units of the scale", borders, after))
+    if (of_inputs := row.get("input_grid")) is not None:
+        counts, levels = {"inputs before rounding": of_inputs["counts"]}, sorted(set(of_inputs["levels"]))
+        title = f"Inputs on the grid of {of_inputs['scheme']}"
+        charts.append(bins(title, "in units of the scale", level_edges(*of_inputs["range"]), counts, levels))
     for side, title in (("weights", "Magnitudes of weights"), ("inputs", "Magnitudes of inputs")):
         counts = {STAGE_OF[stage]: facts["counts"] for stage, facts in row[side].items()}
         charts.append(bins(title, "magnitude", edges, counts, is_log=True))

@@ -19,6 +19,8 @@ step changed the model, {schema, linears: [...]}, an entry for each kind of line
                   channels: up to 64 of the channels' largest magnitudes, from the least to the greatest
     grid          {scheme, range, levels, counts, used} where it is quantized; range: the ends of its 64 bins; used: how
                   many weights took each of `levels`, in the order of the codes, both empty of more than 32 levels
+    input_grid    {scheme, range, levels, counts} where inputs are rounded and the recipe reads calibration text: inputs
+                  before rounding, in units of the scales of their tokens or groups, or of static ones
 counts are those of linalg/histogram.py: of magnitudes in 64 half octaves from 2^-20 on, over grids in 64 equal bins.
 """
 

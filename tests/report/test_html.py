@@ -173,7 +173,8 @@ def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
     assert len(drawn) == 18 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
     assert browser.value("document.documentElement.scrollWidth") <= width
     browser.value(
-        "(() => { const list = [...document.querySelectorAll('select')].at(-1); list.value = 41; list.dispatchEvent(new Event('change')) })()"
+        "(() => { const list = [...document.querySelectorAll('select')].at(-1); list.value = 41;"
+        " list.dispatchEvent(new Event('change')) })()"
     )
     titles = browser.value("[...document.querySelectorAll('[data-choice] figure b')].map((b) => b.textContent)")
     assert titles[0].endswith(" by positions") and titles[1] == "Weights on the grid of w4a16g128" and len(titles) == 6
@@ -269,6 +270,16 @@ def test_what_the_models_write_stands_side_by_side(results: dict[str, Any], tmp_
     page = written(results | {"samples": [{"dataset": "d", "prompt": "Once upon a time", "texts": texts}]}, tmp_path)
     assert page.tags.count("blockquote") == 2
     assert "Once upon a time\noriginal\nthere was a cat\ncompressed\nthere was a dog\n" in page.text
+
+
+def test_inputs_stand_on_the_grid_that_they_are_rounded_to(results: dict[str, Any], tmp_path: Path) -> None:
+    counts = [n % 5 for n in range(64)]
+    grid = {"scheme": "int4", "range": [-9.0, 9.0], "levels": [float(n) for n in range(-7, 8)], "counts": counts}
+    row = {"block": 0, "kind": "mlp.up_proj", "weights": {}, "inputs": {}, "input_grid": grid}
+    write_report(tmp_path / "report.html", results, "model: demo\n", [row])
+    (chart,) = Page((tmp_path / "report.html").read_text()).choices["block 0, mlp.up_proj"]
+    assert chart["title"] == "Inputs on the grid of int4" and chart["counts"] == {"inputs before rounding": counts}
+    assert (chart["levels"], chart["edges"][0], chart["edges"][-1]) == (grid["levels"], -9.0, 9.0)
 
 
 def test_speed_stands_in_the_headline_where_it_was_measured(results: dict[str, Any], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from qtool.artifact import Metric, Sample
 from qtool.calibration.tokens import read_tokens
 from qtool.errors import QtoolError
-from qtool.methods.evaluate.generation import METHOD, GenerationOptions, generation, until_end
 from qtool.formats.kivi import KiviScheme
+from qtool.methods.evaluate.generation import METHOD, GenerationOptions, generation, until_end
 from qtool.model.handle import ModelHandle
 from qtool.model.rounded_attention import KiviLayer
 from qtool.model.store import save_changes
