@@ -83,9 +83,10 @@ BOTH = """
 import os, sys
 from qtool.cli.main import app
 recipe, out, port = sys.argv[1:]
-app(["run", recipe, "--out", out], standalone_mode=False)
+steps = ["--tasks", "demo_cloze", "--set", "pipeline.evaluate/lm_eval.limit=5"]
+assert app(["run", recipe, "--out", out], standalone_mode=False) is None  # the exit code of a mistake
 os.environ["MASTER_PORT"] = port
-app(["eval", out, "--tasks", "demo_cloze", "--set", "pipeline.0.limit=5", "--out", out + "-eval"], standalone_mode=False)
+assert app(["eval", out, *steps, "--out", out + "-eval"], standalone_mode=False) is None
 """
 
 
@@ -108,8 +109,11 @@ def test_two_processes_share_lm_evals_documents_and_the_first_writes(tmp_path: P
     assert two["metrics"] == one["metrics"]
     assert {row["subject"] for row in two["metrics"]} == {"original", "compressed", "export:safetensors"}
     assert (tmp_path / "two" / "paired.json").read_text() == (tmp_path / "one" / "paired.json").read_text()
-    samples = tmp_path / "two/evaluations/01-evaluate-lm_eval/compressed-samples_demo_cloze.jsonl"
-    assert [json.loads(line)["doc_id"] for line in samples.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    samples = "evaluations/01-evaluate-lm_eval/compressed-samples_demo_cloze.jsonl"
+    first, second = (list(map(json.loads, (tmp_path / name / samples).read_text().splitlines())) for name in ("one", "two"))
+    assert [row["doc_id"] for row in second] == [0, 1, 2, 3, 4]
+    losses = [[float(answer[0]) for row in rows for answer in row["filtered_resps"]] for rows in (first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # in batches of other shapes
     again = json.loads((tmp_path / "two-eval" / "results.json").read_text())
     found = {(row["name"], row["subject"]): row["value"] for row in one["metrics"]}
     assert len(again["metrics"]) == 4
