@@ -16,7 +16,9 @@ class Metric:
     """One measured number; `stderr` is None where the metric has none. `unit` such as `nats/token`, `ppl`, `fraction`.
 
     part: what of the dataset it is of, such as `domain: python`; None for all of it.
-    parts: what each window or document contributes (linalg/contributions.py), which pairs it with another model's.
+    parts: what each window or document contributes, or each resample of them (linalg/contributions.py), which pairs it with
+    another model's.
+    n_units: how many windows or documents stderr is over; None where that is not known.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Metric:
     part: str | None = None
     higher_is_better: bool | None = None
     parts: tuple[float, ...] | None = field(default=None, repr=False)
+    n_units: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def mean_metric(
     """The weighted mean of one value for each window or document, or its exponential, with its standard error."""
     parts = mean_parts(values, weights)
     parts = exponential_parts(parts) if is_log else parts
-    return Metric(name, dataset, sum(parts) / len(parts), unit, standard_error(parts), part, higher_is_better, parts)
+    n, error = len(parts), standard_error(parts)
+    return Metric(name, dataset, sum(parts) / n, unit, error, part, higher_is_better, parts, n)
 
 
 @dataclass(frozen=True)

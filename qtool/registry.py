@@ -67,6 +67,7 @@ class Method:
     shape: Callable[..., Any] | None = None  # of scope shape: (model, options) to the largest shape.Shape that it may come to;
     # raises where the model takes none such
     repeats: bool = True  # an evaluation: whether a second one gives the same figures, which those of time do not
+    is_shared: bool = False  # an evaluation that all processes of torchrun do together; the first returns what is found
     measures: tuple[str, ...] | None = None  # an evaluation's metrics, names or patterns; None: known once it has run
     key: str = ""
 

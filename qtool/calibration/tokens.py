@@ -259,15 +259,21 @@ def _read_data_set(
             return list(held)
         data_files = None if files is None else {split: files}
         return list(datasets.load_dataset(folder or path, config, split=split, revision=revision, data_files=data_files))
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-        if folder is not None:
-            raise QtoolError(f"source: {folder} holds no copy of {path}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # a script, which datasets runs no longer
         raise QtoolError(
-            f"source: {path} is no local file, and the hub cannot give it (no network, or no such data set); "
-            "name a local .jsonl/.json/.parquet/.txt, a folder with a copy of it, or download it once with network"
+            f"source: {folder or path}: {error}; where the hub keeps its rows as Parquet, take them: set revision: "
+            "refs/convert/parquet"
         ) from error
-    except ValueError as error:
+    except (ValueError, datasets.exceptions.DatasetBuildError) as error:
         raise QtoolError(f"source: {folder or path}: {error}") from error
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if folder is not None:
+            raise QtoolError(f"source: {folder} holds no copy of {path}: {reason}") from error
+        raise QtoolError(
+            f"source: {path} is no local file, and the hub cannot give it ({reason}); name a local .jsonl/.json/.parquet/.txt, "
+            "a folder with a copy of it, or download it once with network"
+        ) from error
 
 
 def field_of(rows: list[object], field: str, source: str) -> list[object]:

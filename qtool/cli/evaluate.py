@@ -1,6 +1,7 @@
 """`qtool eval`: measure a finished run or any model, without changing it."""
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -41,6 +42,8 @@ def evaluate(
         from qtool.pipeline.run import evaluate_target  # here, because it imports torch
 
         results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value, out)
+    if int(os.environ.get("RANK", "0")):
+        return  # one of several processes that torchrun started: the first tells
     if json_only:
         print(json.dumps(results, indent=1))
     else:

@@ -54,6 +54,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "DISABLE_MULTIPROC": "1",  # lm-eval forks no pool of all cores from a process that holds a model
     "THP_MEM_ALLOC_ENABLE": "1",  # torch takes large tensors in pages of 2 MiB, with half the page faults
 }
 

@@ -371,11 +371,11 @@ class ModelHandle:
 
     # ---- loading and releasing ----
 
-    def load_by_transformers(self) -> None:
+    def load_by_transformers(self, why: str) -> None:
         """Let transformers load the whole model, with whatever quantizer its config names; blocks then stay in memory.
 
         For measuring checkpoints that no reader of qtool's decodes: what is quantized in them is not known, only computed.
-        Raises QtoolError with transformers' own reason where it cannot load it.
+        why: what qtool cannot read. Raises QtoolError with that, transformers' own reason and the packages that it takes.
         """
         placed = {"device_map": {"": str(self.device)}} if self.device.type == "cuda" else {}
         dtype = "auto" if self.options.dtype == "auto" else self.dtype
@@ -385,7 +385,9 @@ class ModelHandle:
             )
         except (ImportError, ValueError, RuntimeError, OSError) as error:  # a quantizer's package that is not there, mostly
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise QtoolError(f"model: {self.options.path}: transformers cannot load it either: {reason}") from error
+            is_gptq = (self.quantization or {}).get("quant_method") == "gptq"  # of whose packages it names one at a time
+            needs = "; for GPTQ's layout it takes pip install optimum gptqmodel" if is_gptq else ""
+            raise QtoolError(f"{why}; transformers cannot load {self.options.path} either: {reason}{needs}") from error
         self.model, self._is_whole = model.eval(), True
         self.blocks_name, self._skeletons = self._find_blocks()
         self.calls, self._final = {}, None

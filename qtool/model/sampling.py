@@ -6,12 +6,14 @@ Source: Ackley, Hinton, Sejnowski 1985, Cognitive Science 9, 147 (temperature).
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qtool.errors import QtoolError
+from qtool.model.rounded_attention import KiviLayer
 
 
 def check_room(config: PretrainedConfig, length: int, tokens: int, where: str) -> None:
@@ -24,9 +26,16 @@ def check_room(config: PretrainedConfig, length: int, tokens: int, where: str) -
         )
 
 
-@torch.no_grad()
 def continued(model: PreTrainedModel, begun: Tensor, length: int, temperature: float, random: torch.Generator) -> Tensor:
     """Windows [windows, length], begun with tokens [windows, begun], each token drawn by itself from what stands before it."""
+    return continued_with_cache(model, begun, length, temperature, random)[0]
+
+
+@torch.no_grad()
+def continued_with_cache(
+    model: PreTrainedModel, begun: Tensor, length: int, temperature: float, random: torch.Generator
+) -> tuple[Tensor, Any]:
+    """As `continued`, and the cache that the model made, as generate() would have it after all tokens but the last."""
     written, piece, past = begun, begun, None
     while written.shape[1] < length:
         out = model(piece.to(model.device), past_key_values=past, use_cache=True)
@@ -37,7 +46,17 @@ def continued(model: PreTrainedModel, begun: Tensor, length: int, temperature: f
         else:
             piece = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)  # [windows, 1]
         written = torch.cat([written, piece], dim=1)
-    return written
+    return written, past
+
+
+def cache_bytes(cache: Any) -> int:
+    """What a transformers Cache holds in memory: packed codes with their scales, or keys and values, or states."""
+
+    def held(layer: Any) -> int:
+        tensors = (one for one in vars(layer).values() if torch.is_tensor(one))
+        return layer.nbytes if isinstance(layer, KiviLayer) else sum(one.nbytes for one in tensors)
+
+    return sum(map(held, cache.layers))
 
 
 @contextlib.contextmanager

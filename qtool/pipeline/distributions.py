@@ -5,6 +5,7 @@ Written to distributions.json, one entry for each kind of linear in each block (
     inputs    of both, over the first tokens of the calibration text; `channels`: the largest magnitude of each channel,
               64 of them from the smallest to the largest
     grid      weights before rounding in units of their stored scales, x / s + z, and how often each level is used after it
+    input_grid   inputs of the model right before it was quantized in units of the scales that they will be rounded by
 Magnitudes are counted in half octaves, everything else in 64 bins (linalg/histogram.py); of a large matrix every n-th row.
 Why a pass of its own after all steps instead of counting inside of them: it sees what the steps have come to together, no
 method need know of it, and of a few hundred tokens it costs little beside one evaluation.
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
 from qtool.formats.codebook import CodebookGrid
+from qtool.formats.inputs import InputScales, fit_inputs, grouped_inputs, outlying
 from qtool.formats.integer import IntegerGrid
-from qtool.formats.scheme import Grid, Scheme
+from qtool.formats.scheme import ActivationScheme, Grid, Scheme
 from qtool.formats.tensor import QuantizedTensor, to_groups
 from qtool.linalg import histogram
 from qtool.linalg.outliers import Moments, channel_ratio
 from qtool.model.handle import Block, ModelHandle
 from qtool.model.linear import shape_of, weight_of
 from qtool.model.memory import large_pieces_returned
-from qtool.model.store import Changes
+from qtool.model.store import INPUTS, Changes
 from qtool.model.wiring import find_groups
 from qtool.pipeline.sensitivity import kind_of
 from qtool.progress import Progress
@@ -55,10 +57,10 @@ def measure_distributions(
         hidden = None if text is None else model.embed(text)  # [samples, length, hidden]
         for block in model.blocks():
             inputs: dict[str, Inputs] = {}
-            if hidden is not None:
-                inputs = observed(block, hidden)
-                hidden = block.forward_observed(hidden, {one.first: one for one in inputs.values()})
             changes = compressed.unit_changes(f"block_{block.index:03d}") if model is unquantized else {}
+            if hidden is not None:
+                inputs = observed(block, hidden, changes)
+                hidden = block.forward_observed(hidden, {one.first: one for one in inputs.values()})
             of_kind: dict[str, list[str]] = {}
             for linear in block.linears():
                 of_kind.setdefault(kind_of(linear, block), []).append(linear)
@@ -67,6 +69,7 @@ def measure_distributions(
                 row["weights"][name] = magnitudes(every_nth_row(weight_of(block.get(one))) for one in linears)
                 if (seen := [inputs[one] for one in linears if one in inputs and inputs[one].n_tokens]) and hidden is not None:
                     row["inputs"][name] = facts_of(seen)
+                    row |= {} if (grid := inputs_on_the_grid(seen)) is None else {"input_grid": grid}
                 row |= {} if (grid := on_the_grid(block, linears, changes)) is None else {"grid": grid}
             progress.advance(block.name)
     return list(found.values())
@@ -84,10 +87,23 @@ def magnitudes(parts: Iterable[Tensor]) -> Row:
 
 
 class Inputs:
-    """What linears that share an input are fed: counts of magnitudes, and each channel's largest one."""
+    """What linears that share an input are fed: counts of magnitudes, and each channel's largest one.
 
-    def __init__(self, first: str, n_features: int, device: torch.device) -> None:
+    Where they are rounded, counts in units of the scales too, of the channels that are.
+    """
+
+    def __init__(
+        self,
+        first: str,
+        n_features: int,
+        device: torch.device,
+        rounding: ActivationScheme | None = None,
+        static: InputScales | None = None,
+    ) -> None:
         self.first = first  # the linear that is observed for all
+        self.rounding = rounding
+        self.static = None if static is None else static.to(device)
+        self.on_grid = torch.zeros(histogram.BINS, dtype=torch.int64)
         self.stats = LayerStats(n_features, ("amax",), device)
         self.moments = Moments()
         self.counts = torch.zeros(histogram.BINS, dtype=torch.int64)
@@ -102,14 +118,28 @@ class Inputs:
         self.stats.update(rows)
         self.moments.update(rows)
         self.counts += histogram.magnitude_counts(rows)
+        if self.rounding is not None:
+            kept = outlying(rows, self.rounding)  # [in]
+            wide = grouped_inputs(rows if kept is None else rows.masked_fill(kept, 0), self.rounding)  # [tokens, groups, group]
+            params = fit_inputs(wide, self.rounding, self.static)
+            u = wide / params.scale if params.zero is None else wide / params.scale + params.zero
+            u = u.flatten(1) if kept is None else u.flatten(1)[:, ~kept]  # [tokens, in]
+            self.on_grid += histogram.level_counts(u, *range_of(self.rounding.grid))
 
 
-def observed(block: Block, hidden: Tensor) -> dict[str, Inputs]:
-    """By full name, empty statistics of the inputs of a block's linears; those that share an input share them."""
+def observed(block: Block, hidden: Tensor, changes: Changes) -> dict[str, Inputs]:
+    """By full name, empty statistics of the inputs of a block's linears; those that share an input share them.
+
+    changes: says how inputs are rounded; of linears with one input, which mostly are rounded alike, the first that is counts.
+    """
     found: dict[str, Inputs] = {}
     for group in find_groups(block, hidden[:1]):
-        first = group.linears[0]
-        found |= dict.fromkeys(group.linears, Inputs(first, shape_of(block.get(first))[1], block.device))
+        first, rounding, static = group.linears[0], None, None
+        for name in group.linears:
+            change, scales = changes.get(f"{name}.weight"), changes.get(f"{name}{INPUTS}")
+            if rounding is None and isinstance(change, tuple):
+                rounding, static = change[1].activations, scales if isinstance(scales, InputScales) else None
+        found |= dict.fromkeys(group.linears, Inputs(first, shape_of(block.get(first))[1], block.device, rounding, static))
     return found
 
 
@@ -125,6 +155,20 @@ def facts_of(seen: list[Inputs]) -> Row:
         "channel_ratio": short(channel_ratio(amax)),
         "kurtosis": None if moments is None else short(moments.kurtosis()),
     }
+
+
+def inputs_on_the_grid(seen: list[Inputs]) -> Row | None:
+    """Inputs of linears of one kind in units of the levels; None where they are not rounded. Of several schemes the first."""
+    unique = [one for one in dict.fromkeys(seen) if one.rounding is not None and one.rounding == seen[0].rounding]
+    if not unique or (scheme := unique[0].rounding) is None:
+        return None
+    counts = torch.stack([one.on_grid for one in unique]).sum(0).tolist()
+    return {"scheme": str(scheme), "range": range_of(scheme.grid), "levels": levels_of(scheme.grid), "counts": counts}
+
+
+def range_of(grid: Grid) -> tuple[float, float]:
+    """The range of the bins over a grid."""
+    return histogram.range_over(grid.ends, grid.n_levels)
 
 
 def on_the_grid(block: Block, linears: list[str], changes: Changes) -> Row | None:
@@ -152,8 +196,7 @@ def on_the_grid(block: Block, linears: list[str], changes: Changes) -> Row | Non
 def describe(grid: Grid, scheme: Scheme) -> Row:
     """What a histogram over the grid needs to be drawn."""
     levels = levels_of(grid)
-    bounds = histogram.range_over(grid.ends, grid.n_levels)
-    return {"scheme": str(scheme), "range": bounds, "levels": levels, "counts": [], "used": []}
+    return {"scheme": str(scheme), "range": range_of(grid), "levels": levels, "counts": [], "used": []}
 
 
 def levels_of(grid: Grid) -> list[float | None]:

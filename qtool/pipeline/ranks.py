@@ -1,6 +1,6 @@
-"""Ranks: the processes of one run that torchrun started, which train together; the first does all the rest alone.
+"""Ranks: the processes of one run that torchrun started, which train and do lm-eval's tasks together; the first does the rest.
 
-    torchrun --nproc-per-node 8 -m qtool run recipe.yaml --out DIR
+    torchrun --nproc-per-node 8 -m qtool run recipe.yaml --out DIR        or accelerate launch, or qtool eval
 All of them read one disk. Each sees its share of every batch, and sums of gradients, so that the losses are those of one
 process up to the order of additions, and to products in bfloat16 that differ with the shape of a batch.
 """

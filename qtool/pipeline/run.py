@@ -50,7 +50,7 @@ from qtool.report.results import SCHEMA, export_row, versions
 def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
     """Carry out a recipe in the folder `out`; returns what results.json holds.
 
-    Of processes that torchrun started all train, and the first does all the rest.
+    Of processes that torchrun started all train, and measure what is shared; the first does all the rest.
     """
     original = check_recipe(recipe)
     original.kept = kept_results()
@@ -65,9 +65,9 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
             run = Run(recipe, folder, original, RecordedProgress(folder, progress) if ranks.is_first else Silent(), ranks)
             for index, step in enumerate(recipe.steps):
                 run.carry_out(index, step)
+            for row in run.exports:
+                run.evaluate_export(row)
             if ranks.is_first:
-                for row in run.exports:
-                    run.evaluate_export(row)
                 run.measure_distributions()
                 results = run.finish()
         except BaseException as error:
@@ -119,7 +119,7 @@ class Run:
             self._changed = step.method.kind
             self.changes = (*self.changes, state.path)
             self._compressed = ModelHandle(self.recipe.model, self.changes)
-        is_shared = step.method.kind == "calibrate" or step.method.scope in ("training", "course")
+        is_shared = step.method.is_shared or step.method.kind == "calibrate" or step.method.scope in ("training", "course")
         if (not is_done and (is_shared or self.ranks.is_first)) or step.method.kind == "calibrate":
             with located(step), Stage(step.key) as stage:
                 result = self._work(step, state)
@@ -216,16 +216,20 @@ class Run:
                 continue
             state = StepFolder(self.folder, index, f"{step.key}@{row['format']}")
             result = state.result()
-            if result is None or result.get("sha256") != row["sha256"]:
+            is_done = self.ranks.agree(result is not None and result.get("sha256") == row["sha256"])
+            if not is_done and (self.ranks.is_first or step.method.is_shared):
                 self.progress.stage(f"{step.key} of {subject}", 1)
                 with located(step), Stage(f"{step.key} of {subject}") as stage:
                     before = of_subject(self.measured[StepFolder(self.folder, index, step.key).path.name], "original")
                     result = measure(step, subject, ModelHandle(options), self.original, self.recipe.seed, before)
                     self.progress.advance(subject)
                 result |= {"stage": stage.facts, "sha256": row["sha256"]}
-                state.finish(result)
-            self.measured[state.path.name] = result
-            self.stages.append(result["stage"])
+                if self.ranks.is_first:
+                    state.finish(result)
+            if self.ranks.is_first:
+                assert result is not None, "the first process measures what is not recorded"
+                self.measured[state.path.name] = result
+                self.stages.append(result["stage"])
 
     def measure_distributions(self) -> None:
         """What the report plots of weights and inputs, into distributions.json; nothing of a run that changes no model."""
@@ -309,8 +313,24 @@ def evaluate_target(
     """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first.
 
     runtime: cpu or cuda, on whose fast products quantized linears run; reference: as in a run.
-    Returns what results.json of a run holds, and writes it with its report into `out`, where that is given.
+    Returns what results.json of a run holds, and writes it with its report into `out`, where that is given. Processes that
+    torchrun started measure together what is shared; the first does the rest, and alone has results and writes them.
     """
+    with together() as ranks:
+        progress = progress if ranks.is_first else Silent()
+        return _evaluate_target(target, steps, progress, device, allow_pickle, runtime, out, ranks)
+
+
+def _evaluate_target(
+    target: str,
+    steps: Sequence[Step],
+    progress: Progress,
+    device: str,
+    allow_pickle: bool,
+    runtime: str,
+    out: Path | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
     path, notes = Path(target), list[str]()
     acceleration = None if runtime == "reference" else Acceleration()
     device = device if acceleration is None else device_of_runtime(runtime, device)
@@ -330,7 +350,7 @@ def evaluate_target(
         except QtoolError as error:  # a layout, or a part of one, that qtool does not read
             notes.append(f"{error}; transformers loads the whole model instead")
             progress.note(notes[0])
-            original.load_by_transformers()
+            original.load_by_transformers(str(error))
     for step in steps:
         check_step(step, original)
     if acceleration is not None:  # one block tells whether there is anything to measure
@@ -342,6 +362,8 @@ def evaluate_target(
     measured: dict[str, Measurement] = {}
     stages = []
     for index, step in enumerate(steps):
+        if not (ranks.is_first or step.method.is_shared):
+            continue
         progress.stage(step.key, len(subjects))
         found: list[Measurement] = []
         with Stage(step.key) as stage:
@@ -364,7 +386,7 @@ def evaluate_target(
         "runtime": [] if acceleration is None else acceleration.lines(),
         "versions": versions(),
     }
-    if out is not None:
+    if out is not None and ranks.is_first:
         write_beside(out, measured)
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
         asked = yaml.safe_dump({"model": target, "pipeline": pipeline}, sort_keys=False, allow_unicode=True)

@@ -4,7 +4,8 @@
     grid: {pipeline.quantize/gptq.damp: [0.01, 0.1]}      every combination of these values
     trials: {small: {seed: 1}, ...}                       or stated ones by name; with a grid, each of them over all of it
 Paths are those of `--set`. OUT/NAME is a trial's run folder; one that is finished stays, one that was stopped goes on.
-Why Ray: the same file runs on the cores of one machine or on a cluster whose machines share a disk, with GPUs counted.
+Why Ray: the same file runs on the cores of one machine or on a cluster whose machines share a disk and have qtool, with GPUs
+counted: a trial sees those that are its own.
 """
 
 import itertools
@@ -37,7 +38,7 @@ class Resources(Options):
     cpus: float = Field(1, gt=0, description="processor cores of one trial")
     gpus: float = Field(0, ge=0, description="GPUs of one trial; 0.5: two trials share one")
     parallel: int | None = Field(None, ge=1, description="most trials at once; null: as many as there is room for")
-    retries: int = Field(1, ge=0, description="how often a trial whose process dies goes on in a new one")
+    retries: int = Field(1, ge=0, description="how often a trial whose process dies, of memory too, goes on in a new one")
 
 
 class SweepOptions(Options):
@@ -153,23 +154,21 @@ def carry_out(resources: Resources, trials: Sequence[Trial], out: Path) -> Itera
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anyone
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial without GPUs sees none changed
+    os.environ.setdefault("RAY_task_oom_retries", str(resources.retries))  # Ray alone would start such a trial for ever
     try:
         import ray
     except ImportError as error:
         raise QtoolError("a sweep runs on Ray, which is not here; pip install 'qtool[sweep]'") from error
 
-    here: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+    # Without an address Ray would join any cluster that runs here, or that RAY_ADDRESS names.
+    here: dict[str, Any] = {"address": "local", "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    where = here if resources.address is None else {"address": resources.address}
     try:
-        ray.init(
-            address=resources.address, log_to_driver=False, logging_level=logging.ERROR, **({} if resources.address else here)
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QtoolError(f"resources.address: {resources.address}: no Ray cluster answers there: {error}") from error
     try:
-        room = {name.lower() + "s": amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-        for name, asked in (("cpus", resources.cpus), ("gpus", resources.gpus)):
-            if asked > room.get(name, 0):
-                raise QtoolError(f"resources.{name}: a trial takes {asked:g}, but there are {room.get(name, 0):g}; take fewer")
+        check_room(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         work = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.retries)(run_trial)
         waiting, running = list(trials), dict[Any, str]()
         while waiting or running:
@@ -185,6 +184,14 @@ def carry_out(resources: Resources, trials: Sequence[Trial], out: Path) -> Itera
                 yield name, str(error).strip().splitlines()[-1]
     finally:
         ray.shutdown()
+
+
+def check_room(resources: Resources, machines: Sequence[Mapping[str, float]]) -> None:
+    """Raise QtoolError where no single machine of a cluster has what a trial takes, which would wait for ever."""
+    if not any(resources.cpus <= one.get("CPU", 0) and resources.gpus <= one.get("GPU", 0) for one in machines):
+        there = ", ".join(sorted({f"{one.get('CPU', 0):g} and {one.get('GPU', 0):g}" for one in machines}))
+        asked = f"{resources.cpus:g} cpus and {resources.gpus:g} gpus"
+        raise QtoolError(f"resources: a trial takes {asked} on one machine, but they have {there}; take fewer")
 
 
 def run_trial(recipe: str, out: str, cwd: str) -> str | None:

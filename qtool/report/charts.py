@@ -1,7 +1,7 @@
 """Charts of a page: what each one shows, as data that assets/report/charts.js draws with Observable Plot.
 
     lines      curves {name: [[x, y], ...]}          heat       values [[block, row, value], ...]
-    intervals  rows [{label, value, spread}]         bins       edges, counts {name: [...]}, levels of a grid
+    intervals  rows [{label, value, spread, series}] bins       edges, counts {name: [...]}, levels of a grid
     scatter    points [{x, y, spread, name, front}]
 Why Observable Plot (with d3, which it stands on): it draws SVG in the page itself, so a chart is as wide as a phone or a
 screen leaves it room, takes its colors from the page's light or dark style, and tells values under a finger. Both are kept
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
+from qtool.linalg.contributions import half_width
 from qtool.report.page import Row
 
 Curves = dict[str, dict[int, float]]  # name: block: value
@@ -69,10 +70,20 @@ def category_map(title: str, words: dict[str, dict[int, str]]) -> Chart | None:
     return {"kind": "heat", "title": title, "x": "block", "categories": known, "values": values} if values else None
 
 
-def intervals(title: str, unit: str, rows: Sequence[tuple[str, float, float | None]]) -> Chart | None:
-    """Values with what 19 of 20 measurements would keep to, 1.96 standard errors; rows of (label, value, standard error)."""
+def spread(row: Row) -> float:
+    """Half of the interval that chance keeps to in 95 of 100 cases, of a row of results; zero of one without an error."""
+    return half_width(row["stderr"], row.get("n_units")) if row["stderr"] else 0.0
+
+
+def intervals(title: str, unit: str, rows: Sequence[tuple[str, str | None, Row]]) -> Chart | None:
+    """Values of rows of results with their 95 % intervals: (label, series, row); those of one series share a color.
+
+    Where there are no series, each label has a color.
+    """
     shown = [
-        {"label": label, "value": value, "spread": 1.96 * (error or 0)} for label, value, error in rows if math.isfinite(value)
+        {"label": label, "value": row["value"], "spread": spread(row)} | ({} if series is None else {"series": series})
+        for label, series, row in rows
+        if math.isfinite(row["value"])
     ]
     note = "with 95 % intervals" if any(row["spread"] for row in shown) else ""
     return {"kind": "intervals", "title": title, "note": note, "unit": unit, "rows": shown} if shown else None

@@ -19,8 +19,9 @@ import yaml
 
 from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error, is_significant
-from qtool.report.charts import pairs, scatter
+from qtool.report.charts import pairs, scatter, spread
 from qtool.report.page import Cell, Row, number, table, write_page
+from qtool.report.results import are_paired
 
 SAME = 1e-3  # relative
 COSTS = {  # field of a run: in words
@@ -110,7 +111,7 @@ def differences(first: Run, other: Run) -> list[str]:
         a, b = before[key]["value"], after[key]["value"]
         if not math.isclose(a, b, rel_tol=SAME):
             found.append(f"{other.name}: {key[0]} of the original on {key[1]} is {b:.5g}, in {first.name} {a:.5g}")
-        n, m = (len(run.parts.get((*key, "original"), ())) for run in (first, other))
+        n, m = (rows[key].get("n_units") for rows in (before, after))
         if n and m and n != m:
             found.append(f"{other.name}: {key[0]} on {key[1]} is of {m} windows or documents, in {first.name} of {n}")
     asked = [run.evaluations for run in (first, other)]
@@ -143,7 +144,8 @@ def compare_runs(runs: Sequence[Run], key: Key) -> Row:
         row = run.metrics["compressed"][key]
         found: Row = {"name": run.name, "path": str(run.path), "status": run.results["status"], **run.costs}
         found |= {"peak_rss_gib": max((stage["peak_rss_gib"] for stage in run.results["stages"]), default=None)}
-        found |= {"value": row["value"], "stderr": row["stderr"], **difference(runs[0], run, key)}
+        found |= {"value": row["value"], "stderr": row["stderr"], "n_units": row.get("n_units")}
+        found |= difference(runs[0], run, key)
         measured = {f"{name}@{dataset}": one["value"] for (name, dataset), one in run.metrics["compressed"].items()}
         rows.append(found | {"metrics": measured})
     costs = {cost: words for cost, words in COSTS.items() if all(cost in row for row in rows)}
@@ -157,12 +159,10 @@ def difference(first: Run, other: Run, key: Key) -> Row:
     """Δ with its standard error, and whether it is more than chance; of the first run itself all null."""
     if other is first:
         return {"difference": None, "difference_stderr": None, "is_significant": None}
-    rows = [run.metrics["compressed"][key] for run in (other, first)]
-    delta, error = rows[0]["value"] - rows[1]["value"], None
-    own, before = (run.parts.get((*key, "compressed"), []) for run in (other, first))
-    if own and len(own) == len(before):
-        error = difference_error(own, before)
-    return {"difference": delta, "difference_stderr": error, "is_significant": is_significant(delta, error, len(own))}
+    own, before = (run.metrics["compressed"][key] | {"parts": run.parts.get((*key, "compressed"))} for run in (other, first))
+    delta = own["value"] - before["value"]
+    error = difference_error(own["parts"], before["parts"]) if are_paired(own, before) else None
+    return {"difference": delta, "difference_stderr": error, "is_significant": is_significant(delta, error, own.get("n_units"))}
 
 
 def is_on_front(row: Row, rows: Sequence[Row], cost: str, is_higher_better: bool) -> bool:
@@ -184,7 +184,7 @@ def write_comparison(path: Path, compared: Row) -> None:
     charts, known = [], compared["costs"]
     for cost, words in known.items():
         points = [
-            {"x": row[cost], "y": row["value"], "spread": 1.96 * (row["stderr"] or 0), "name": row["name"]}
+            {"x": row[cost], "y": row["value"], "spread": spread(row), "name": row["name"]}
             | {"front": cost in row["front"]}
             for row in rows
         ]

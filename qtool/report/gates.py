@@ -18,6 +18,7 @@ from typing import Any
 from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error
 from qtool.recipe import Gate
+from qtool.report.results import are_paired
 
 Row = dict[str, Any]
 
@@ -65,10 +66,9 @@ def _judge(gate: Gate, row: Row, limit: str, stated: float | str, before: Row | 
         allowed = before["value"] * factor + (0.0 if isinstance(stated, str) else sign * float(stated))
         if before["value"] < 0 and percent:
             raise QtoolError(f"gates: {gate.metric}: a percentage of {before['value']:.4g} says nothing; state a number")
-        own, other = row["parts"], before["parts"]
-        is_paired = own is not None and other is not None and len(own) == len(other)
+        is_paired = are_paired(row, before)
         if is_paired:
-            error = difference_error(own, other, factor)
+            error = difference_error(row["parts"], before["parts"], factor)
         else:
             both = (row["stderr"], before["stderr"])
             error = None if None in both else math.hypot(both[0], factor * both[1])

@@ -46,6 +46,8 @@ def _sections(results: Row, distributions: Sequence[Row]) -> Iterator[str]:
     yield f"<div class='tiles'>{''.join(parts)}</div>"
     if metrics:
         yield "<h2>Quality</h2>" + _quality(results, metrics)
+    if results["breakdown"]:
+        yield "<h2>Parts of the text</h2>" + _breakdown(results["breakdown"])
     if results["gates"]:
         said = {True: "passed", False: "FAILED"}
         gates = [(said[g["passed"]], g["metric"], g["subject"], g["limit"], g["allowed"], g["value"]) for g in results["gates"]]
@@ -88,6 +90,10 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
         elif name == "kl_divergence" and (changed := [subject for subject in rows if subject != "original"]):
             notes = [f"{unit}, {changed[0]}", *(f"{subject}: {_with_error(rows[subject])}" for subject in changed[1:])]
             yield f"KL divergence, {dataset}", _with_error(rows[changed[0]]), notes
+        elif name == "tokens_per_second":
+            firsts = metrics.get(("first_token", dataset, "s"), {}).values()
+            notes = [f"{unit}, one text at a time", f"first token: {' → '.join(number(row['value']) for row in firsts)} s"]
+            yield "Speed", " → ".join(number(row["value"]) for row in rows.values()), notes
     model, gates, stages = results["model"], results["gates"], results["stages"]
     before, after = model["bytes_original"], model["bytes_compressed"]
     notes = [f"{before / max(after, 1):.2f}× smaller, {parameters_in_words(model)}"]
@@ -108,9 +114,8 @@ def _quality(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]]) 
     """A chart for each metric of two subjects or more, and the table of all."""
     charts = []
     for (name, dataset, unit), rows in metrics.items():
-        values = [(subject, row["value"], row["stderr"]) for subject, row in rows.items()]
-        if len(values) > 1 or (name == "perplexity_change" and values):
-            charts.append(intervals(f"{name}, {dataset}", unit, values))
+        if len(rows) > 1 or name == "perplexity_change":
+            charts.append(intervals(f"{name}, {dataset}", unit, [(subject, None, row) for subject, row in rows.items()]))
     subjects = dict.fromkeys(row["subject"] for row in results["metrics"])
     cells: list[tuple[Cell, ...]] = []
     for key, rows in metrics.items():
@@ -120,6 +125,20 @@ def _quality(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]]) 
             cells.append(("change from the original", "", key[2], *changes))
     said = "<p class='soft'>± is one standard error; a change pairs every window of text with the original's.</p>"
     return pairs(charts) + said + table(("metric", "dataset", "unit", *subjects), cells)
+
+
+def _breakdown(rows: Sequence[Row]) -> str:
+    """Each metric by what its parts are of: domains, positions, temperatures, blocks."""
+    found: dict[str, dict[tuple[str, str], list[tuple[str, str, Row]]]] = {}
+    for row in rows:
+        what, _, part = row["part"].partition(": ")
+        charts = found.setdefault(f"{row['name']}, {row['dataset']}", {})
+        charts.setdefault((what, row["unit"]), []).append((part, row["subject"], row))
+    choices = {
+        name: [intervals(f"{name} by {what}", unit, parts) for (what, unit), parts in charts.items()]
+        for name, charts in found.items()
+    }
+    return choice("By part:", choices)
 
 
 def _samples(samples: list[Row]) -> str:
@@ -221,7 +240,7 @@ def _worst(found: Sequence[Row], side: str, field: str) -> Curves:
 
 
 def _of_linear(row: Row) -> list[Chart | None]:
-    """Weights on the grid, levels used, and magnitudes of weights, inputs and channels."""
+    """Weights on the grid, levels used, inputs on theirs, and magnitudes of weights, inputs and channels."""
     grid, edges, charts = row.get("grid"), magnitude_edges(), list[Chart | None]()
     if grid is not None:
         scheme, edges_of_grid = grid["scheme"], level_edges(*grid["range"])
@@ -235,6 +254,10 @@ def _of_linear(row: Row) -> list[Chart | None]:
             borders = _borders(rising)
             after = {"weights after rounding": list(used.values())}
             charts.append(bins("Levels used", "in units of the scale", borders, after))
+    if (of_inputs := row.get("input_grid")) is not None:
+        counts, levels = {"inputs before rounding": of_inputs["counts"]}, sorted(set(of_inputs["levels"]))
+        title = f"Inputs on the grid of {of_inputs['scheme']}"
+        charts.append(bins(title, "in units of the scale", level_edges(*of_inputs["range"]), counts, levels))
     for side, title in (("weights", "Magnitudes of weights"), ("inputs", "Magnitudes of inputs")):
         counts = {STAGE_OF[stage]: facts["counts"] for stage, facts in row[side].items()}
         charts.append(bins(title, "magnitude", edges, counts, is_log=True))

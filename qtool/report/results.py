@@ -2,13 +2,14 @@
 
     metrics     a row for each metric, dataset and subject (`original`, `compressed`, `export:<format>`):
                 name, dataset, subject, value, unit, stderr, higher_is_better (null: neither is better)
+                n_units: the windows or documents that stderr is over, null where that is not known
                 difference, difference_stderr, is_significant: from the original over the same windows or documents, in the
                 metric's unit; null for the original itself, for what compares already, and where nothing pairs them
                 part: always null here
     breakdown   rows of the same form, of a part of the dataset each: part is `domain: python`, `positions: 0-15`, ...
     samples     {dataset, prompt, texts: {subject: what it wrote}} for each prompt of evaluate/generation
     gates       see report/gates.py
-Beside it stand paired.json, what each window or document contributes to each row of `metrics`
+Beside it stand paired.json, what each window or document, or each resample of them, contributes to each row of `metrics`
 (linalg/contributions.py): {name, dataset, subject, parts: [...]}, so that other runs over the same text pair with this one;
 evaluations/, results in other tools' own formats; and distributions.json, what the report plots of weights and inputs, where a
 step changed the model, {schema, linears: [...]}, an entry for each kind of linear in each block:
@@ -18,6 +19,8 @@ step changed the model, {schema, linears: [...]}, an entry for each kind of line
                   channels: up to 64 of the channels' largest magnitudes, from the least to the greatest
     grid          {scheme, range, levels, counts, used} where it is quantized; range: the ends of its 64 bins; used: how
                   many weights took each of `levels`, in the order of the codes, both empty of more than 32 levels
+    input_grid    {scheme, range, levels, counts} where inputs are rounded and the recipe reads calibration text: inputs
+                  before rounding, in units of the scales of their tokens or groups, or of static ones
 counts are those of linalg/histogram.py: of magnitudes in 64 half octaves from 2^-20 on, over grids in 64 equal bins.
 """
 
@@ -55,14 +58,19 @@ def compare(row: dict[str, Any], originals: Sequence[dict[str, Any]]) -> dict[st
     """The row with its difference from the original's of the same metric; as it is where nothing pairs them."""
     key = itemgetter("name", "dataset", "part")
     before = next((one for one in originals if key(one) == key(row)), None)
-    if before is None or row["subject"] == "original" or row["parts"] is None or before["parts"] is None:
+    if before is None or row["subject"] == "original" or not are_paired(row, before):
         return row
-    if len(row["parts"]) != len(before["parts"]):
-        return row  # a tokenizer of its own cuts the text elsewhere
     difference, error = row["value"] - before["value"], difference_error(row["parts"], before["parts"])
-    is_more = is_significant(difference, error, len(row["parts"]))
+    is_more = is_significant(difference, error, row["n_units"])
     found = {"difference": difference, "difference_stderr": error, "is_significant": is_more}
     return row | found
+
+
+def are_paired(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows with parts are over the same units; a tokenizer of its own cuts a text elsewhere."""
+    if row["parts"] is None or other["parts"] is None:
+        return False
+    return len(row["parts"]) == len(other["parts"]) and row.get("n_units") == other.get("n_units")
 
 
 def split_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:

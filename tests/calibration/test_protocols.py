@@ -59,6 +59,40 @@ def test_c4_is_1100_documents_and_at_most_256_windows(tmp_path: Path) -> None:
     assert len(read_windows(options, ModelHandle(ModelOptions(path="demo")).tokenizer, 0).tokens) == 256
 
 
+def test_a_data_set_that_is_a_script_tells_where_its_rows_are(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("raise SystemExit\n")
+    with pytest.raises(QtoolError, match="scripts are no longer supported, .*; .* set revision: refs/convert/parquet"):
+        read_documents(TextOptions(source="any/set", folder=str(tmp_path / "scripted"), split="test"))
+
+
+def test_files_that_are_broken_are_a_mistake_and_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress(b'{"text": "cut off'))
+    with pytest.raises(QtoolError, match=f"source: {tmp_path}: "):
+        read_documents(TextOptions(source="c4:validation", folder=str(tmp_path)))
+
+
+def test_the_hub_is_asked_for_the_names_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its pages state them; what a call of datasets would fetch is what is asked here."""
+    asked: list[tuple[str, str | None, str, str | None, dict[str, str] | None]] = []
+
+    def load(path: str, config: str | None, *, split: str, revision: str | None, data_files: dict[str, str] | None) -> object:
+        asked.append((path, config, split, revision, data_files))
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("wikitext2:test", "ptb:validation", "c4:validation"):
+        with pytest.raises(QtoolError, match=r"the hub cannot give it \(Couldn't reach"):
+            read_documents(TextOptions(source=source))
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, None),
+        ("ptb-text-only/ptb_text_only", None, "validation", "refs/convert/parquet",
+         {"validation": "penn_treebank/validation/*.parquet"}),
+        ("allenai/c4", None, "validation", None, {"validation": "en/c4-validation.00000-of-00008.json.gz"}),
+    ]  # fmt: skip
+
+
 def test_without_network_the_error_says_what_to_do() -> None:
     with pytest.raises(QtoolError, match="Salesforce/wikitext is no local file, .* a folder with a copy"):
         read_documents(TextOptions(source="wikitext2:test"))

@@ -7,11 +7,15 @@ import statistics
 import pytest
 
 from qtool.linalg.contributions import (
+    RESAMPLES,
     difference_error,
     exponential_parts,
+    half_width,
     is_significant,
     jackknife_parts,
     mean_parts,
+    mean_parts_of,
+    resampled_parts,
     standard_error,
 )
 
@@ -71,6 +75,25 @@ def test_the_jackknife_of_a_mean_is_the_mean() -> None:
     assert parts == pytest.approx(values, rel=1e-9)
 
 
+def test_resamples_of_a_median_have_the_bootstraps_error_and_pair_by_place() -> None:
+    before = draws(101, 5)
+    after = [value + 0.1 for value in before]
+    parts, others = (resampled_parts(statistics.median(values), values, statistics.median) for values in (after, before))
+    assert parts is not None and others is not None and len(parts) == RESAMPLES
+    assert statistics.fmean(parts) == pytest.approx(statistics.median(after))
+    assert difference_error(parts, others) == pytest.approx(0, abs=1e-12)  # the same units, each 0.1 more
+    error = bootstrap(lambda units: statistics.median(before[i] for i in units), 101)
+    assert standard_error(others) == pytest.approx(error, rel=0.2)  # 200 resamples know it to 5 %, 1000 to 2 %
+
+
+def test_where_a_resample_has_no_figure_there_is_no_error() -> None:
+    assert resampled_parts(1.0, [1.0], statistics.median) is None
+    assert resampled_parts(1.0, [(1, 1), (1, 0)], lambda items: sum(a for a, _ in items) / sum(b for _, b in items)) is None
+    assert resampled_parts(math.nan, [1.0, 2.0], lambda items: math.nan) is None
+    assert mean_parts_of(0.5, [True, False]) == (1.0, 0.0) and mean_parts_of(0.4, [True, False]) is None
+    assert mean_parts_of(0.5, [(0.5, 1)]) is None and mean_parts_of(0.5, []) is None
+
+
 @pytest.mark.parametrize(("error", "verdict"), [(0.1, False), (0.04, True), (None, None), (0.0, True)])
 def test_a_difference_counts_beyond_two_errors(error: float | None, verdict: bool | None) -> None:
     assert is_significant(0.1, error, 1000) is verdict
@@ -80,6 +103,13 @@ def test_a_difference_counts_beyond_two_errors(error: float | None, verdict: boo
 def test_few_units_need_more_standard_errors_as_students_table_has_it(n_units: int, point: float) -> None:
     assert is_significant(point + 0.001, 1.0, n_units) is True
     assert is_significant(-point + 0.001, 1.0, n_units) is False
+
+
+def test_an_interval_is_what_a_difference_must_leave_to_count() -> None:
+    for n_units, point in ((3, 4.302653), (None, 1.959964)):  # as tables have them; many units: the normal distribution's
+        width = half_width(0.5, n_units)
+        assert width == pytest.approx(0.5 * point, rel=1e-6)
+        assert is_significant(1.001 * width, 0.5, n_units) is True and is_significant(0.999 * width, 0.5, n_units) is False
 
 
 def test_chance_alone_is_called_significant_in_one_of_twenty_cases() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qtool.calibration.tokens import TextOptions, read_tokens
+from qtool.layers.quant_linear import QuantLinear
 from qtool.linalg.histogram import BINS, level_edges
 from qtool.model.handle import ModelHandle
 from qtool.model.linear import weight_of
@@ -84,6 +85,40 @@ def test_weights_are_counted_in_units_of_the_grid_that_they_are_rounded_to(
     assert grid["used"] == used
     # A value on a border may fall to either side of it: u is one float32 division, the border one of float64.
     assert sum(abs(a - b) for a, b in zip(grid["counts"], counts, strict=True)) <= 4
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8static"])
+def test_inputs_are_counted_in_units_of_the_grid_that_they_are_rounded_to(
+    scheme: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    steps = [f"calibrate/text: {TEXT}", f"quantize/rtn: {{scheme: {scheme.removesuffix('static')}}}"]
+    rows = run(folder, tmp_path / "run", *steps, *(["quantize/inputs: {}"] if "static" in scheme else []))
+    grid = only(rows, 1, "mlp.down_proj")["input_grid"]
+    low, high = grid["range"]
+    model = ModelHandle(ModelOptions(path=str(folder)))
+    name, seen = "model.layers.1.mlp.down_proj", list[torch.Tensor]()
+    with model.materialized() as module, torch.no_grad():
+        module.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+        module(read_tokens(TextOptions(source="demo:calibration", samples=4, length=32), model.tokenizer, 0))
+    (x,) = seen  # [tokens, in]
+    changed = ModelHandle(model.options, tuple(sorted((tmp_path / "run" / "state").glob("*quantize*"))))
+    layer = changed.block(1).get(name)
+    assert isinstance(layer, QuantLinear) and layer.activations is not None and grid["scheme"] == str(layer.activations)
+    counts, edges = [0] * BINS, level_edges(low, high)
+    for token in x.float():
+        s = float(layer.activations.grid.fit(token).scale) if layer.inputs is None else float(layer.inputs.scale.float())
+        for value in token.tolist():
+            counts[sum(edge <= value / s for edge in edges[1:-1])] += 1
+    # A value on a border may fall to either side of it: of these 16 thousand a handful lies that near to one.
+    assert sum(grid["counts"]) == sum(counts) == x.numel()
+    assert sum(abs(a - b) for a, b in zip(grid["counts"], counts, strict=True)) <= 16
+    assert (grid["levels"] == []) is ("8" in scheme)
+
+
+def test_weights_alone_have_no_grid_of_inputs(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    rows = run(tiny_model("llama"), tmp_path / "run", f"calibrate/text: {TEXT}", "quantize/rtn: {scheme: w4a16g32}")
+    assert not any("input_grid" in row for row in rows)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mixtral", "gemma3"])

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from qtool.cli.main import app
-from qtool.errors import RecipeError
+from qtool.errors import QtoolError, RecipeError
 from qtool.pipeline import sweep
-from qtool.pipeline.sweep import Resources, SweepOptions, Trial, expand, read_sweep
+from qtool.pipeline.sweep import Resources, SweepOptions, Trial, check_room, expand, read_sweep
 
 BASE = """\
 model: {model}
@@ -66,6 +66,64 @@ def test_every_mistake_of_every_trial_comes_before_any_work(write: Callable[[str
         read_sweep(write(""))
     with pytest.raises(RecipeError, match="cannot name a folder"):
         read_sweep(write("trials: {../up: {seed: 1}}\n"))
+
+
+ON_A_CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False,
+                                                        "object_store_memory": 80 << 20})
+from qtool.errors import QtoolError
+from qtool.pipeline import sweep
+from qtool.recipe import load
+
+def killed_once(recipe, out, cwd):  # stands for a trial; a machine's memory, or its owner, ends the first
+    import os, pathlib, signal
+    tries = pathlib.Path(out + ".tries")
+    n = int(tries.read_text()) if tries.is_file() else 0
+    tries.write_text(str(n + 1))
+    if n == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return None if os.environ["CUDA_VISIBLE_DEVICES"] == "0" else "it sees other GPUs"
+
+sweep.run_trial = killed_once
+recipe, out = sweep.Path(sys.argv[1]), sweep.Path(sys.argv[2])
+found = {}
+for retries in (1, 0):
+    trials = [sweep.Trial(f"r{retries}", (), load(recipe))]
+    where = sweep.Resources(address=cluster.address, gpus=1, retries=retries)
+    found |= dict(sweep.carry_out(where, trials, out))
+try:
+    list(sweep.carry_out(sweep.Resources(address=cluster.address, gpus=2), trials, out))
+except QtoolError as error:
+    found["two"] = str(error)
+print(json.dumps(found))
+cluster.shutdown()
+"""
+
+
+def test_a_cluster_that_runs_already_gives_each_trial_its_gpus_and_takes_up_killed_ones(
+    write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="Ray has no wheel here; pip install ray")
+    write("")
+    command = [sys.executable, "-c", ON_A_CLUSTER, str(tmp_path / "base.yaml"), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["r1"] is None and (tmp_path / "r1.tries").read_text() == "2"
+    assert found["r0"] is not None and (tmp_path / "r0.tries").read_text() == "1"
+    assert found["two"] == (
+        "resources: a trial takes 1 cpus and 2 gpus on one machine, but they have 1 and 1; take fewer"
+    )
+
+
+def test_what_no_single_machine_has_is_refused() -> None:
+    machines = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 8.0}]
+    check_room(Resources(cpus=8), machines)
+    check_room(Resources(cpus=4, gpus=1), machines)
+    with pytest.raises(QtoolError, match="8 cpus and 1 gpus on one machine, but they have 4 and 1, 8 and 0; take fewer"):
+        check_room(Resources(cpus=8, gpus=1), machines)
 
 
 def test_a_sweep_runs_on_ray_compares_its_trials_and_does_none_twice(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,11 @@ def test_the_front_is_what_no_other_run_beats(finished: Callable[..., Path], tmp
     assert [row["ms_per_token"] for row in fast["runs"]] == [1000 / (10 * n) for n in range(1, 7)]
     assert [row["name"] for row in fast["runs"] if "ms_per_token" in row["front"]] == ["f"]
     write_comparison(tmp_path / "c.html", compared)
-    assert "filled: the Pareto front" in (tmp_path / "c.html").read_text()
+    page = (tmp_path / "c.html").read_text()
+    assert "filled: the Pareto front" in page
+    spreads = [float(number) for number in re.findall(r'"spread":([\d.e-]+)', page)]
+    t = 2.570582  # of Student's distribution of five degrees of freedom, for six windows
+    assert spreads == pytest.approx(3 * [t * compared["runs"][0]["stderr"]] * 6, rel=1e-6)
 
 
 def test_mistakes_are_told_together(finished: Callable[..., Path], tmp_path: Path) -> None:

@@ -133,10 +133,19 @@ def test_the_page_of_a_run_shows_its_results(folder: Path, results: dict[str, An
     assert (folder / "recipe.yaml").read_text() in page.text
     assert sum(map(len, error_curves(page).values())) == 42
     assert len(page.charts["SQNR of weights (dB)"]["values"]) == 42
-    assert len(page.choices) == 42 and len(page.choices["block 5, mlp.down_proj"]) == 5
+    of_linears = [name for name in page.choices if name.startswith("block ")]
+    assert len(of_linears) == 42 and len(page.choices["block 5, mlp.down_proj"]) == 5
+    (by_position,) = page.choices["kl_divergence, demo:test"]
+    assert by_position["title"] == "kl_divergence, demo:test by positions"
+    cells = {(one["label"], one["series"]): one["value"] for one in by_position["rows"]}
+    parts = [row for row in results["breakdown"] if row["name"] == "kl_divergence"]
+    assert cells == {(row["part"].removeprefix("positions: "), row["subject"]): row["value"] for row in parts}
+    assert {label for label, _ in cells} == {"1-15", "16-31"}
     shown = {row["label"]: row for row in page.charts["perplexity, demo:test"]["rows"]}
     (compressed,) = [r for r in results["metrics"] if (r["name"], r["subject"]) == ("perplexity", "compressed")]
-    assert shown["compressed"] == {"label": "compressed", "value": compressed["value"], "spread": 1.96 * compressed["stderr"]}
+    t = 4.302653  # of Student's distribution of two degrees of freedom, for three windows
+    spread = pytest.approx(t * compressed["stderr"], rel=1e-6)
+    assert shown["compressed"] == {"label": "compressed", "value": compressed["value"], "spread": spread}
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_one_script_which_its_policy_names(folder: Path) -> None:
@@ -161,13 +170,14 @@ def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
     drawn = browser.value(
         f"{figures}.map((f) => [f.querySelector('b').textContent, ({marks})(f), f.innerText.includes('NaN')])"
     )
-    assert len(drawn) == 17 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
+    assert len(drawn) == 18 and all(n > 3 and not is_broken for _, n, is_broken in drawn), drawn
     assert browser.value("document.documentElement.scrollWidth") <= width
     browser.value(
-        "(() => { const list = document.querySelector('select'); list.value = 41; list.dispatchEvent(new Event('change')) })()"
+        "(() => { const list = [...document.querySelectorAll('select')].at(-1); list.value = 41;"
+        " list.dispatchEvent(new Event('change')) })()"
     )
     titles = browser.value("[...document.querySelectorAll('[data-choice] figure b')].map((b) => b.textContent)")
-    assert titles[0] == "Weights on the grid of w4a16g128" and len(titles) == 5
+    assert titles[0].endswith(" by positions") and titles[1] == "Weights on the grid of w4a16g128" and len(titles) == 6
     assert browser.complaints == []
 
 
@@ -212,9 +222,9 @@ def test_a_failed_gate_and_a_fallback_stand_out(results: dict[str, Any], tmp_pat
 
 
 def test_a_run_that_only_exports_has_a_page_without_empty_parts(results: dict[str, Any], tmp_path: Path) -> None:
-    empty = {"metrics": [], "gates": [], "fallbacks": [], "blocks": []}
+    empty = {"metrics": [], "breakdown": [], "gates": [], "fallbacks": [], "blocks": []}
     page = written(results | empty, tmp_path)
-    for heading in ("Quality", "Gates", "Fallbacks", "Linears"):
+    for heading in ("Quality", "Parts of the text", "Gates", "Fallbacks", "Linears"):
         assert heading not in page.text
     assert "Exports" in page.text and page.charts == {} and "script" not in page.tags
 
@@ -260,6 +270,29 @@ def test_what_the_models_write_stands_side_by_side(results: dict[str, Any], tmp_
     page = written(results | {"samples": [{"dataset": "d", "prompt": "Once upon a time", "texts": texts}]}, tmp_path)
     assert page.tags.count("blockquote") == 2
     assert "Once upon a time\noriginal\nthere was a cat\ncompressed\nthere was a dog\n" in page.text
+
+
+def test_inputs_stand_on_the_grid_that_they_are_rounded_to(results: dict[str, Any], tmp_path: Path) -> None:
+    counts = [n % 5 for n in range(64)]
+    grid = {"scheme": "int4", "range": [-9.0, 9.0], "levels": [float(n) for n in range(-7, 8)], "counts": counts}
+    row = {"block": 0, "kind": "mlp.up_proj", "weights": {}, "inputs": {}, "input_grid": grid}
+    write_report(tmp_path / "report.html", results, "model: demo\n", [row])
+    (chart,) = Page((tmp_path / "report.html").read_text()).choices["block 0, mlp.up_proj"]
+    assert chart["title"] == "Inputs on the grid of int4" and chart["counts"] == {"inputs before rounding": counts}
+    assert (chart["levels"], chart["edges"][0], chart["edges"][-1]) == (grid["levels"], -9.0, 9.0)
+
+
+def test_speed_stands_in_the_headline_where_it_was_measured(results: dict[str, Any], tmp_path: Path) -> None:
+    assert "Speed" not in written(results, tmp_path).text
+    row = {"dataset": "d", "stderr": None, "n_units": 2, "part": None, "higher_is_better": True, "difference": None}
+    rates, firsts = ({"name": "tokens_per_second", "unit": "tokens/s"}, {"name": "first_token", "unit": "s"})
+    measured = [
+        row | facts | {"subject": subject, "value": value}
+        for facts, values in ((rates, (21.5, 40.25)), (firsts, (0.5, 0.25)))
+        for subject, value in zip(("original", "compressed"), values, strict=True)
+    ]
+    page = written(results | {"metrics": [*results["metrics"], *measured]}, tmp_path)
+    assert "Speed\n21.5 → 40.25\ntokens/s, one text at a time\nfirst token: 0.5 → 0.25 s\n" in page.text
 
 
 def test_without_measured_inputs_the_chart_shows_the_sqnr_and_an_empty_column_is_left_out(

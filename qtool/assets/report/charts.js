@@ -78,17 +78,24 @@
       });
     },
 
-    intervals({ unit, rows }, width) {
-      const longest = d3.max(rows, (row) => row.label.length);
+    // A row for each label; of several series those of one label stand below each other in it, and the caption names them.
+    intervals({ unit, rows }, width, caption) {
+      const labels = [...new Set(rows.map((row) => row.label))];
+      const hasSeries = rows.some((row) => row.series !== undefined);
+      const series = hasSeries ? [...new Set(rows.map((row) => row.series))] : labels;
+      if (hasSeries) legend(series, caption);
+      const longest = d3.max(labels, (label) => label.length);
       const ends = rows.map((row) => ({ ...row, low: row.value - row.spread, high: row.value + row.spread }));
+      const of = (name) => ends.filter((row) => (hasSeries ? row.series : row.label) === name);
+      const below = (n) => (hasSeries ? 9 * (n - (series.length - 1) / 2) : 0);
       return Plot.plot({
-        width, height: 30 * rows.length + 52, marginLeft: Math.min(width / 2, 7 * longest + 16), marginRight: 24, marginTop: 4, marginBottom: 40,
+        width, height: (hasSeries ? 9 * series.length + 15 : 30) * labels.length + 52, marginLeft: Math.min(width / 2, 7 * longest + 16), marginRight: 24, marginTop: 4, marginBottom: 40,
         x: { ...scale(false, unit), grid: true, ticks: Math.max(2, Math.min(8, width / 120)), nice: true },
-        y: { domain: rows.map((row) => row.label), label: null, type: "band" },
+        y: { domain: labels, label: null, type: "band" },
         marks: [
-          Plot.ruleY(ends, { y: "label", x1: "low", x2: "high", stroke: (row) => color(rows.findIndex((other) => other.label === row.label)), strokeWidth: 3 }),
-          Plot.dot(ends, { y: "label", x: "value", fill: (row) => color(rows.findIndex((other) => other.label === row.label)), r: 4.5 }),
-          Plot.tip(ends, Plot.pointer({ y: "label", x: "value", title: ({ label, value, spread }) => `${label}\n${short(value)}${spread ? ` ± ${short(spread)}` : ""}` })),
+          ...series.map((name, n) => Plot.ruleY(of(name), { y: "label", x1: "low", x2: "high", stroke: color(n), strokeWidth: 3, dy: below(n) })),
+          ...series.map((name, n) => Plot.dot(of(name), { y: "label", x: "value", fill: color(n), r: hasSeries ? 3.5 : 4.5, dy: below(n) })),
+          Plot.tip(ends, Plot.pointer({ y: "label", x: "value", title: ({ label, series: name, value, spread }) => `${name ? `${label}, ${name}` : label}\n${short(value)}${spread ? ` ± ${short(spread)}` : ""}` })),
         ],
       });
     },

@@ -50,7 +50,7 @@ def _metrics(options: CalibrationErrorOptions, every: Tensor, part: str | None, 
     error = expected_error(total)
     without = [expected_error(total - one) for one in sums] if len(chosen) > 1 else [error]
     parts = jackknife_parts(error, without)
-    yield Metric("calibration_error", options.source, error, "fraction", standard_error(parts), part, False, parts)
+    yield Metric("calibration_error", options.source, error, "fraction", standard_error(parts), part, False, parts, len(parts))
     counts = sums[:, :, 0].sum(1)  # [windows]
     for name, column in (("confidence", 1), ("accuracy", 2)):
         values = (sums[:, :, column].sum(1) / counts).tolist()

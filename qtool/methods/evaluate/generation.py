@@ -2,6 +2,7 @@
 
     first_token: seconds from a prompt to its first token      tokens_per_second: of those after it, one text at a time
     model_memory: GiB of parameters and buffers; on a GPU the peak of all that was allocated
+    cache_memory: GiB of keys and values at a text's end, as generate() keeps them: of quantize/kivi packed codes and scales
 Greedy, so that the texts of original and compressed model differ only where their likeliest tokens do; they stand side by
 side in the report. Speed is that of the model as it runs here, in PyTorch, with quantized layers decoded on the fly: it
 tells of this machine and qtool's own layers, not of the runtime that will serve an export.
@@ -19,7 +20,7 @@ from torch import Tensor
 from qtool.artifact import Metric, Sample, mean_metric
 from qtool.calibration.tokens import TextOptions, read_tokens
 from qtool.model.handle import ModelHandle
-from qtool.model.sampling import check_room, continued
+from qtool.model.sampling import cache_bytes, check_room, continued_with_cache
 from qtool.registry import Method
 
 
@@ -40,16 +41,16 @@ def generation(model: ModelHandle, reference: ModelHandle, options: GenerationOp
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
 
-        def write(prompt: Tensor, n_tokens: int) -> tuple[Tensor, float]:
-            """The likeliest tokens [tokens] after a prompt [1, length], whether or not one ends the text, and their seconds."""
+        def write(prompt: Tensor, n_tokens: int) -> tuple[Tensor, int, float]:
+            """The likeliest tokens [tokens] after a prompt [1, length], end or no end, the cache's bytes then, and seconds."""
             begun = time.perf_counter()
-            windows = continued(module, prompt, options.length + n_tokens, 0.0, torch.Generator())  # [1, length + tokens]
-            return windows[0, options.length :], time.perf_counter() - begun
+            windows, cache = continued_with_cache(module, prompt, options.length + n_tokens, 0.0, torch.Generator())
+            return windows[0, options.length :], cache_bytes(cache), time.perf_counter() - begun
 
         write(prompts[:1], 2)  # the first call of all also loads libraries
         for prompt in prompts.split(1):
-            _, first = write(prompt, 1)
-            written, whole = write(prompt, options.tokens)
+            _, _, first = write(prompt, 1)
+            written, cached, whole = write(prompt, options.tokens)  # as many bytes for each
             firsts.append(first)
             rates.append((options.tokens - 1) / max(whole - first, 1e-9))
             asked, answer = (str(model.tokenizer.decode(ids)) for ids in (prompt[0], until_end(model, written)))
@@ -62,6 +63,7 @@ def generation(model: ModelHandle, reference: ModelHandle, options: GenerationOp
         mean_metric("first_token", options.source, "s", firsts),
         mean_metric("tokens_per_second", options.source, "tokens/s", rates, higher_is_better=True),
         Metric("model_memory", options.source, memory / 2**30, "GiB", higher_is_better=False),
+        Metric("cache_memory", options.source, cached / 2**30, "GiB", higher_is_better=False),
         *samples,
     ]
 
@@ -83,6 +85,6 @@ METHOD = Method(
     options=GenerationOptions,
     scope="model",
     check=check_prompts,
-    measures=("first_token", "tokens_per_second", "model_memory"),
+    measures=("first_token", "tokens_per_second", "model_memory", "cache_memory"),
     repeats=False,
 )

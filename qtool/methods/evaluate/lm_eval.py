@@ -3,9 +3,12 @@
 Every task, group and tag that lm-eval knows by name, every task in a local folder, and `demo_cloze`, which comes with the demo
 model and needs no network. One metric for each of a task's: `demo_cloze/acc`, with the standard error that lm-eval states.
 Where a metric is the mean over documents, so is a group's, each document's figure pairs it with the original's: the change
-has the standard error of the mean of differences, which a bootstrap over documents converges to.
+has the standard error of the mean of differences, which a bootstrap over documents converges to. A task's metric of all its
+documents together (word_perplexity, bleu, f1, mcc) is aggregated anew over 200 resamples of them, the same ones for each model
+by a seed that never changes: from these it and its change have their standard errors. A group has only what lm-eval states.
 What lm-eval returns is written as it would write it: evaluations/STEP/SUBJECT-results.json, and its samples where asked for.
-Answers of the original are kept on disk by the requests' text (model/kept.py), so that the next recipe asks it nothing.
+Answers of the original are kept on disk by the requests' text (model/answers.py), so that the next recipe asks it nothing.
+Processes that torchrun or `accelerate launch` started share the documents, each with the whole model.
 Source: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
 For: what the model can do, in numbers that others know.
 Costs: a pass for every answer of every document: minutes to hours.
@@ -14,27 +17,27 @@ Costs: a pass for every answer of every document: minutes to hours.
 import contextlib
 import copy
 import difflib
-import functools
-import hashlib
+import io
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from pydantic import Field
 
 from qtool.artifact import Metric, Record
 from qtool.calibration.tokens import ASSETS
 from qtool.errors import QtoolError
+from qtool.linalg.contributions import RESAMPLES, mean_parts_of, resampled_parts, standard_error
+from qtool.model.answers import recall_answers
 from qtool.model.handle import ModelHandle
-from qtool.model.kept import pack_text, unpack_text
 from qtool.options import Options
 from qtool.registry import Method
 
 UNITS = {"word_perplexity": "ppl", "byte_perplexity": "ppl", "perplexity": "ppl", "bits_per_byte": "bits/byte"}
-ANSWERS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 class LmEvalOptions(Options):
@@ -54,15 +57,23 @@ class LmEvalOptions(Options):
 def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, seed: int) -> list[Metric | Record]:
     """Every metric of every task; raises QtoolError for a task that does not exist or whose data cannot be had."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM, Accelerator
     from lm_eval.utils import handle_non_serializable
 
     manager = find_tasks(options)
-    with silenced(), model.materialized() as module:
+    with silenced(), contextlib.redirect_stdout(io.StringIO()), model.materialized() as module:
         # A copy of the tokenizer, because lm-eval gives it a padding token where it has none.
         lm = HFLM(pretrained=module, tokenizer=copy.deepcopy(model.tokenizer), batch_size=options.batch_size)
+        if dist.is_initialized():  # as lm-eval does with a model that it has loaded itself
+            lm.accelerator = Accelerator(cpu=model.device.type == "cpu")
+            lm._rank, lm._world_size = dist.get_rank(), dist.get_world_size()
         recall_answers(lm, model)
         try:
+            loaded = manager.load(list(options.tasks))
+            manager.load = lambda _: loaded  # once is enough, and its tasks know how they aggregate
+            least = min(options.limit or math.inf, *(len(task.eval_docs) for task in loaded["tasks"].values()))
+            if least < lm.world_size:
+                raise QtoolError(f"evaluate/lm_eval: {lm.world_size} processes share {least} documents; start {least} at most")
             answer = simple_evaluate(
                 lm,
                 tasks=list(options.tasks),
@@ -73,6 +84,7 @@ def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, 
                 fewshot_as_multiturn=options.fewshot_as_multiturn and options.apply_chat_template,
                 system_instruction=options.system_instruction,
                 log_samples=True,
+                bootstrap_iters=RESAMPLES,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
@@ -81,11 +93,14 @@ def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, 
         except (OSError, ValueError) as error:  # no network and no cache, or a task that this model cannot take
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise QtoolError(f"evaluate/lm_eval: {', '.join(options.tasks)}: {reason}") from error
-    samples = answer.pop("samples")
+    if lm.rank != 0:
+        return []
+    samples = {task: sorted(rows, key=lambda row: int(row["doc_id"])) for task, rows in answer.pop("samples").items()}
     found: list[Metric | Record] = []
     for task, results in answer["results"].items():
-        scores = document_scores(samples, subtasks_of(task, answer.get("group_subtasks", {})))
-        found += read_metrics(task, results, scores, answer.get("higher_is_better", {}).get(task, {}))
+        items = document_items(samples, subtasks_of(task, answer.get("group_subtasks", {})))
+        aggregations = loaded["tasks"][task].aggregation() if task in loaded["tasks"] else {}
+        found += read_metrics(task, results, items, answer.get("higher_is_better", {}).get(task, {}), aggregations)
 
     def written(value: object) -> str:
         return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)
@@ -94,24 +109,6 @@ def lm_eval(model: ModelHandle, reference: ModelHandle, options: LmEvalOptions, 
     for task, rows in samples.items() if options.log_samples else ():
         found.append(Record(f"samples_{task}.jsonl", "".join(written(row) + "\n" for row in rows)))
     return found
-
-
-def recall_answers(lm: Any, model: ModelHandle) -> None:
-    """Let an HFLM take up the answers that an earlier run kept of this model, to the same requests; it keeps those it gives."""
-    if (kept := model.kept) is None:
-        return
-
-    def recalled(kind: str, compute: Any, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        asked = json.dumps([kind, [request.args for request in requests], lm.batch_size], default=str)
-        key = model.kept_key("lm-eval's answers", hashlib.sha256(asked.encode()).hexdigest())
-        if '"do_sample": true' not in asked and (stored := kept.read(key)) is not None:
-            return [tuple(one) if isinstance(one, list) else one for one in json.loads(unpack_text(stored))]
-        answers = compute(requests, disable_tqdm=disable_tqdm)
-        kept.write(key, pack_text(json.dumps(answers)))
-        return list(answers)
-
-    for kind in ANSWERS:
-        setattr(lm, kind, functools.partial(recalled, kind, getattr(lm, kind)))
 
 
 def check_tasks(model: ModelHandle, options: LmEvalOptions) -> None:
@@ -144,23 +141,23 @@ def subtasks_of(name: str, members: dict[str, list[str]]) -> list[str]:
     return [task for member in members[name] for task in subtasks_of(member, members)] if members.get(name) else [name]
 
 
-def document_scores(samples: dict[str, list[dict[str, Any]]], tasks: list[str]) -> dict[str, list[float]]:
-    """`metric,filter`: its figure for every document of the tasks, where each has one number."""
-    found: dict[str, list[float]] = {}
+def document_items(samples: dict[str, list[dict[str, Any]]], tasks: list[str]) -> dict[str, list[Any]]:
+    """`metric,filter`: what lm-eval aggregates of every document of the tasks."""
+    found: dict[str, list[Any]] = {}
     for row in (row for task in tasks for row in samples.get(task, [])):
         for name in row["metrics"]:
-            if isinstance(row[name], (bool, int, float)):
-                found.setdefault(f"{name},{row['filter']}", []).append(float(row[name]))
+            found.setdefault(f"{name},{row['filter']}", []).append(row[name])
     return found
 
 
 def read_metrics(
-    task: str, results: dict[str, Any], scores: dict[str, list[float]], directions: dict[str, bool]
+    task: str,
+    results: dict[str, Any],
+    items: Mapping[str, Sequence[Any]],
+    directions: Mapping[str, bool],
+    aggregations: Mapping[str, Callable[[list[Any]], float]],
 ) -> list[Metric]:
-    """Metrics of one task from lm-eval's {"acc,none": ..., "acc_stderr,none": ...}: metric, comma, filter.
-
-    The scores of documents stand for a metric where it is their mean, which they are then compared by.
-    """
+    """Metrics of one task from lm-eval's {"acc,none": ..., "acc_stderr,none": ...}: metric, comma, filter."""
     metrics = []
     for key, value in results.items():
         name, comma, filter_name = key.partition(",")
@@ -169,10 +166,13 @@ def read_metrics(
         stderr = results.get(f"{name}_stderr,{filter_name}")
         shown = f"{task}/{name}" if filter_name == "none" else f"{task}/{name}/{filter_name}"
         error = float(stderr) if isinstance(stderr, (int, float)) else None
-        parts = scores.get(key, [])
-        is_mean = bool(parts) and math.isclose(math.fsum(parts) / len(parts), value, rel_tol=1e-9, abs_tol=1e-12)
-        unit, better = UNITS.get(name, "fraction"), directions.get(name)
-        metrics.append(Metric(shown, task, float(value), unit, error, None, better, tuple(parts) if is_mean else None))
+        of_documents = items.get(key, [])
+        parts = mean_parts_of(value, of_documents)
+        if parts is None and name in aggregations:
+            parts = resampled_parts(value, of_documents, aggregations[name])
+            error = error if parts is None else standard_error(parts)
+        unit, better, n = UNITS.get(name, "fraction"), directions.get(name), len(of_documents) or None
+        metrics.append(Metric(shown, task, float(value), unit, error, None, better, parts, n))
     return metrics
 
 
@@ -196,4 +196,4 @@ def silenced() -> Iterator[None]:
         logger.setLevel(level)
 
 
-METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks, measures=("*/*",))
+METHOD = Method(run=lm_eval, options=LmEvalOptions, scope="model", check=check_tasks, measures=("*/*",), is_shared=True)

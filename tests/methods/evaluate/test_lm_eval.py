@@ -3,8 +3,11 @@
 import json
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +19,7 @@ from qtool.methods.evaluate.lm_eval import METHOD, LmEvalOptions, lm_eval, read_
 from qtool.model.handle import ModelHandle
 from qtool.model.kept import Kept
 from qtool.options import ModelOptions
+from qtool.report.results import compare, metric_row
 
 DEMO = ModelOptions(path="demo")
 TASK = """
@@ -143,7 +147,7 @@ def test_every_filter_of_a_metric_is_told_apart() -> None:
         "alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1,
         "exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": "N/A", "word_perplexity,none": 9.0,
     }  # fmt: skip
-    found = [(metric.name, metric.value, metric.unit, metric.stderr) for metric in read_metrics("gsm8k", results, {}, {})]
+    found = [(metric.name, metric.value, metric.unit, metric.stderr) for metric in read_metrics("gsm8k", results, {}, {}, {})]
     assert found == [
         ("gsm8k/exact_match/strict-match", 0.5, "fraction", 0.1),
         ("gsm8k/exact_match/flexible-extract", 0.75, "fraction", None),
@@ -196,5 +200,69 @@ def test_a_chat_template_that_is_not_there_is_refused() -> None:
 
 
 def test_a_mean_that_documents_do_not_give_is_not_paired() -> None:
-    [metric] = read_metrics("t", {"f1,none": 0.4}, {"f1,none": [0.0, 1.0]}, {"f1": True})
-    assert metric.parts is None and metric.higher_is_better is True
+    [metric] = read_metrics("t", {"f1,none": 0.4}, {"f1,none": [0.0, 1.0]}, {"f1": True}, {})
+    assert metric.parts is None and metric.higher_is_better is True and metric.n_units == 2
+
+
+CORPUS_TASK = """
+task: corpus_task
+custom_dataset: !function corpus_task.load
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+process_results: !function corpus_task.answers
+metric_list:
+  - {metric: f1, aggregation: f1, higher_is_better: true}
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+CORPUS_LOADER = """
+import datasets
+
+def load(**metadata):
+    words = ["import", "def", "class", "for", "while", "return"]
+    rows = [{"question": words[i % 6] * (1 + i % 3), "choices": [" x", " self"], "answer": i % 2} for i in range(24)]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+def answers(doc, results):
+    scores = [loss for loss, _ in results]
+    return {"f1": (doc["answer"], scores.index(max(scores))), "perplexity": scores[doc["answer"]]}
+"""
+
+
+def test_a_metric_of_all_documents_together_and_its_change_have_the_errors_of_the_same_resamples(
+    tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    (tmp_path / "corpus_task.yaml").write_text(CORPUS_TASK)
+    (tmp_path / "corpus_task.py").write_text(CORPUS_LOADER)
+    options = LmEvalOptions(tasks=("corpus_task",), include_path=(str(tmp_path),), log_samples=True, num_fewshot=0)
+    rows, items = list[dict[str, dict[str, Any]]](), list[list[tuple[Any, Any]]]()
+    for path in ("demo", str(tiny_model("llama"))):
+        model = ModelHandle(ModelOptions(path=path))
+        found = lm_eval(model, model, options, seed=len(rows))  # of any seed
+        stated = next(json.loads(one.text) for one in found if isinstance(one, Record) and one.name == "results.json")
+        metrics = [one for one in found if isinstance(one, Metric)]
+        assert [one.n_units for one in metrics] == [24, 24]
+        for one in metrics:  # lm-eval draws by the same seed, and alone
+            metric = one.name.split("/")[1]
+            assert one.stderr == pytest.approx(stated["results"]["corpus_task"][f"{metric}_stderr,none"])
+        rows.append({one.name: metric_row(one, "compressed" if rows else "original") for one in metrics})
+        text = next(one.text for one in found if isinstance(one, Record) and one.name.startswith("samples"))
+        items.append([(line["f1"], line["perplexity"]) for line in map(json.loads, text.splitlines())])
+    resampled = np.random.default_rng(5).integers(24, size=(4000, 24))  # other draws, and the figures by their definitions
+
+    def f1(pairs: np.ndarray) -> np.ndarray:  # [resamples, documents, 2]
+        true, said = pairs[..., 0] == 1, pairs[..., 1] == 1
+        return np.asarray(2 * (true & said).sum(1) / (true.sum(1) + said.sum(1)))
+
+    def perplexity(losses: np.ndarray) -> np.ndarray:  # [resamples, documents]
+        return np.asarray(np.exp(-losses.mean(1)))
+
+    for at, (name, figure) in enumerate((("f1", f1), ("perplexity", perplexity))):
+        before, after = (figure(np.array([one[at] for one in of_model])[resampled]) for of_model in items)
+        row = compare(rows[1][f"corpus_task/{name}"], list(rows[0].values()))
+        # 200 resamples know a standard error to 5 %: three times that.
+        assert row["difference_stderr"] == pytest.approx(float(np.std(after - before)), rel=0.15), name
+        assert row["difference"] == pytest.approx(row["value"] - rows[0][f"corpus_task/{name}"]["value"])
