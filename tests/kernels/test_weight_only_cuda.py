@@ -182,9 +182,7 @@ def test_the_operator_takes_the_kernel_for_its_tokens(compiled: Path, monkeypatc
     packed = pack(tensor)
     x = torch.randn(1, tokens, 1536, generator=torch.Generator().manual_seed(1)).bfloat16()
     bias = torch.randn(70, generator=torch.Generator().manual_seed(2)).bfloat16()
-    y = weight_only._on_gpu(
-        x, packed.codes, packed.scale, packed.zero, packed.table, bias, packed.bits, 70, packed.group, packed.alpha
-    )
+    y = weight_only._on_gpu(x, packed, bias)
     assert y.shape == (1, tokens, 70)
     assert [launch.file for launch in started] == {0: [], 257: ["dequantize.cu"], 40: ["batch.cu"]}.get(
         tokens, ["decode_step.cu"]
@@ -198,12 +196,10 @@ def test_the_operator_takes_the_kernel_for_its_tokens(compiled: Path, monkeypatc
 
 def test_what_the_operator_cannot_do_on_a_gpu_is_said(compiled: Path) -> None:
     packed = pack(weights("w4g64", None, 16, 64, 0))
-    rest = (packed.bits, 16, packed.group, packed.alpha)
-    parts = (packed.codes, packed.scale, None, None)
     with pytest.raises(QtoolError, match="cast them to float16 or bfloat16"):
-        weight_only._on_gpu(torch.ones(1, 64), *parts, None, *rest)
+        weight_only._on_gpu(torch.ones(1, 64), packed, None)
     with pytest.raises(QtoolError, match="bias in torch.float32"):
-        weight_only._on_gpu(torch.ones(1, 64).half(), *parts, torch.ones(16), *rest)
+        weight_only._on_gpu(torch.ones(1, 64).half(), packed, torch.ones(16))
 
 
 @pytest.mark.parametrize("processors", [1, 46, 132])
