@@ -211,14 +211,14 @@ def test_inputs_are_split_over_no_more_blocks_than_there_is_work(processors: int
 
 
 MUTANTS = {
-    "a barrier is gone": ("+ g] = acc[n][m][i];\n  __syncthreads();", "+ g] = acc[n][m][i];"),
+    "a barrier is gone": ("2 * t, g);\n  __syncthreads();", "2 * t, g);"),
     "scale and zero are swapped": (
         "stage.scale[n][span] = load_scale<SCALE>(scale,",
         "stage.zero[n][span] = ptx::load4((const uint32_t*)scale + index); stage.scale[n][span] = load_scale<SCALE>(zero,",
     ),
     "rows g and g + 8 are swapped": ("r ? stored.bits[0] & 0xFFFF0000", "!r ? stored.bits[0] & 0xFFFF0000"),
     "a tile off by one": ("first_tile = blockIdx.x * NT;", "first_tile = blockIdx.x * NT + 1;"),
-    "a block of inputs off by one": ("blockIdx.y / gridDim.y);", "blockIdx.y / gridDim.y) + (blockIdx.y > 0);"),
+    "a block of inputs off by one": ("begin_of(blockIdx.y, n_blocks),", "begin_of(blockIdx.y, n_blocks) + (blockIdx.y > 0),"),
     "a group off by one": ("+ span * SPAN) >> group_shift;", "+ span * SPAN + 32) >> group_shift;"),
     "no end of the outputs": ("if (n < n_out) store(", "store("),
     "no end of the inputs": ("token < n_tokens && k < n_in", "token < n_tokens"),
@@ -227,7 +227,7 @@ MUTANTS = {
     "the last warp's sums are left out": ("for (int w = 0; w < WARPS; w++)", "for (int w = 0; w < WARPS - 1; w++)"),
     "a code's offset is wrong": ("+ (1 << (FORMAT - 1))) * PAIR", "+ (1 << FORMAT)) * PAIR"),
     "no zero points": ("sum -= zero_of<FORMAT>(zeros, i / 2) * total[i];", ""),
-    "no scale of the tensor": ("sum = alpha * sum +", "sum = sum +"),
+    "no scale of the tensor": ("n, alpha * sum);", "n, sum);"),
 }
 BATCH_MUTANTS = {
     "no barrier before a place is written again": ("__syncthreads();  // x of this block", "// x of this block"),
