@@ -22,8 +22,7 @@ batch(const uint16_t* x, const uint32_t* codes, const void* scale, const uint16_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_tile = blockIdx.x * (2 * NT) + warp % 2 * NT, first_token = blockIdx.z * TOKENS;
   const bool has_tiles = first_tile < n_tiles;  // tiles come in fours
-  const int begin = static_cast<int>(static_cast<long long>(n_blocks) * blockIdx.y / gridDim.y);
-  const int end = static_cast<int>(static_cast<long long>(n_blocks) * (blockIdx.y + 1) / gridDim.y);
+  const int begin = begin_of(blockIdx.y, n_blocks), end = begin_of(blockIdx.y + 1, n_blocks);
 
   Levels levels{};
   if constexpr (FORMAT == TABLE) levels = load_levels<T>(table);
@@ -122,19 +121,10 @@ batch(const uint16_t* x, const uint32_t* codes, const void* scale, const uint16_
 
   constexpr int STRIDE = ROWS + 4;
   float* sums = reinterpret_cast<float*>(ring);
-#pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        sums[(8 * (warp / 2 * MT + m) + 2 * t + i % 2) * STRIDE + 16 * (warp % 2 * NT + n) + 8 * (i / 2) + g] = acc[n][m][i];
+  lay_down<STRIDE>(sums, acc, 8 * (warp / 2 * MT) + 2 * t, 16 * (warp % 2 * NT) + g);
   __syncthreads();
   auto of_block = [&](int token, int row) { return sums[token * STRIDE + row]; };
-  auto store = [&](int token, int n, float sum) {
-    sum = alpha * sum + (bias ? T::value(bias[n]) : 0.0f);
-    y[static_cast<size_t>(token) * n_out + n] = static_cast<uint16_t>(T::pair(sum, sum));
-  };
+  auto store = [&](int token, int n, float sum) { write_output<T>(y, bias, n_out, token, n, alpha * sum); };
   int* flag = reinterpret_cast<int*>(sums + TOKENS * STRIDE);
   finish<float, ROWS, TOKENS>(of_block, store, flag, partial, counters, n_tokens, n_out);
 }

@@ -31,8 +31,7 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
   QT_SHARED(float, sums);                                            // [WARPS][TOKENS][STRIDE], and a flag
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_tile = blockIdx.x * NT;
-  const int begin = static_cast<int>(static_cast<long long>(n_blocks) * blockIdx.y / gridDim.y);
-  const int end = static_cast<int>(static_cast<long long>(n_blocks) * (blockIdx.y + 1) / gridDim.y);
+  const int begin = begin_of(blockIdx.y, n_blocks), end = begin_of(blockIdx.y + 1, n_blocks);
 
   Levels levels{};
   if constexpr (FORMAT == TABLE) levels = load_levels<T>(table);
@@ -115,13 +114,7 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
     }
   }
 
-#pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        sums[(warp * TOKENS + 8 * m + 2 * t + i % 2) * STRIDE + 16 * n + 8 * (i / 2) + g] = acc[n][m][i];
+  lay_down<STRIDE>(sums, acc, warp * TOKENS + 2 * t, g);
   __syncthreads();
 
   auto of_block = [&](int token, int row) {
@@ -130,10 +123,7 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
     for (int w = 0; w < WARPS; w++) sum += sums[(w * TOKENS + token) * STRIDE + row];
     return sum;
   };
-  auto store = [&](int token, int n, float sum) {
-    sum = alpha * sum + (bias ? T::value(bias[n]) : 0.0f);
-    y[static_cast<size_t>(token) * n_out + n] = static_cast<uint16_t>(T::pair(sum, sum));
-  };
+  auto store = [&](int token, int n, float sum) { write_output<T>(y, bias, n_out, token, n, alpha * sum); };
   int* flag = reinterpret_cast<int*>(sums + WARPS * TOKENS * STRIDE);
   finish<float, ROWS, TOKENS>(of_block, store, flag, partial, counters, n_tokens, n_out);
 }

@@ -1,9 +1,33 @@
-// The end of a product: from a block's sums to what is stored, over all blocks that share the inputs of the same outputs.
+// What products share: which inputs a block has, and the end, from a lane's sums to what is stored.
 //
 // Where inputs are split over blocks (gridDim.y), each writes its sums and counts up, and the last to come adds them in their
 // order and sets the count back to zero. Every result is the same to the bit, whichever comes last, and nobody waits.
 #pragma once
 #include "ptx.cuh"
+
+// The first of the blocks of inputs that a split has; where it ends the next begins. Of n_blocks each split has as many as the
+// others, or the first ones one more. No product of these overflows 32 bits.
+QT_DEVICE int begin_of(unsigned split, unsigned n_blocks) {
+  unsigned each = n_blocks / gridDim.y, more = n_blocks % gridDim.y;
+  return static_cast<int>(split * each + (split < more ? split : more));
+}
+
+// A lane's sums of [NT] tiles of 16 outputs and [MT] of 8 tokens, as mma has them, into sums [tokens][STRIDE], from a place on.
+template <int STRIDE, class V, int NT, int MT>
+QT_DEVICE void lay_down(V* sums, const V (&acc)[NT][MT][4], int token, int row) {
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[(token + 8 * m + i % 2) * STRIDE + row + 16 * n + 8 * (i / 2)] = acc[n][m][i];
+}
+
+// One output of y [tokens, n_out], plus its bias where there is one.
+template <class T> QT_DEVICE void write_output(uint16_t* y, const uint16_t* bias, int n_out, int token, int n, float value) {
+  value += bias ? T::value(bias[n]) : 0.0f;
+  y[static_cast<size_t>(token) * n_out + n] = static_cast<uint16_t>(T::pair(value, value));
+}
 
 // of_block(token, row): the sum V of one output. store(token, n, sum) keeps the whole one of output n, of those that there are.
 // Blocks are ROWS outputs (x) by TOKENS (z); flag: a word of shared memory.

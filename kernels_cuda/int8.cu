@@ -19,8 +19,7 @@ int8_product(const int8_t* x, const int8_t* w, const float* x_scale, const float
   QT_SHARED(int8_t, ring);  // [STAGES][ROWS of w, then TOKENS of x][BLOCK]; at the end int [TOKENS][ROWS + 4] and a flag
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * ROWS, first_token = blockIdx.z * TOKENS, n_blocks = (n_in + BLOCK - 1) / BLOCK;
-  const int begin = static_cast<int>(static_cast<long long>(n_blocks) * blockIdx.y / gridDim.y);
-  const int end = static_cast<int>(static_cast<long long>(n_blocks) * (blockIdx.y + 1) / gridDim.y);
+  const int begin = begin_of(blockIdx.y, n_blocks), end = begin_of(blockIdx.y + 1, n_blocks);
 
   auto load = [&](int block) {
     if (block < end) {
@@ -71,19 +70,12 @@ int8_product(const int8_t* x, const int8_t* w, const float* x_scale, const float
 
   constexpr int STRIDE = ROWS + 4;
   int* sums = reinterpret_cast<int*>(ring);
-#pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        sums[(8 * (warp / 2 * MT + m) + 2 * t + i % 2) * STRIDE + 16 * (warp % 2 * NT + n) + 8 * (i / 2) + g] = acc[n][m][i];
+  lay_down<STRIDE>(sums, acc, 8 * (warp / 2 * MT) + 2 * t, 16 * (warp % 2 * NT) + g);
   __syncthreads();
   auto of_block = [&](int token, int row) { return sums[token * STRIDE + row]; };
   auto store = [&](int token, int n, int sum) {
     if (x_zero) sum -= x_zero[token] * w_colsum[n];
-    float value = static_cast<float>(sum) * (x_scale[token] * w_scale[n]) + (bias ? T::value(bias[n]) : 0.0f);
-    y[static_cast<size_t>(token) * n_out + n] = static_cast<uint16_t>(T::pair(value, value));
+    write_output<T>(y, bias, n_out, token, n, static_cast<float>(sum) * (x_scale[token] * w_scale[n]));
   };
   finish<int, ROWS, TOKENS>(of_block, store, sums + TOKENS * STRIDE, partial, counters, n_tokens, n_out);
 }

@@ -22,7 +22,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 # Part of qtool: its floor, and what it may import from outside besides the standard library. Options are pydantic
 # models wherever they are declared; the pipeline moves tensors but computes nothing of its own.
-PEERS = ("torchao", "bitsandbytes", "gemlite", "humming")
+PEERS = ("torchao", "bitsandbytes", "gemlite", "humming", "gptqmodel")
 FLOORS: dict[str, tuple[int, set[str]]] = {
     "__init__": (0, {"transformers"}),  # the type that qtool.load returns; test_load sees that it is not imported
     "assets": (0, {"datasets"}),  # the demo task's own loader, which lm-eval runs

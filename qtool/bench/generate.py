@@ -1,14 +1,13 @@
 """How fast a compressed model writes, and in how much memory, beside the same model in 16 bits.
 
     prefill    seconds until the first token of a prompt [batch, prompt] is chosen
-    decode     tokens a second afterwards, one for each row of the batch at a time, greedily, with the cache
+    decode     tokens a second afterwards, one for each row of the batch at a time, greedily, with the cache: see decoding.py
 The model in 16 bits is this one with every quantized linear decoded to a plain one, which has the shapes, the dtype and so the
 speed and the memory of the original; whatever it keeps in few bits beside its linears, such as its cache, stays.
 Each repetition writes the whole text anew; medians and quartiles are over repetitions. Prompts are random tokens: what is
-written does not matter to time. Launches are not recorded in CUDA graphs; on a GPU small models wait for Python.
+written does not matter to time.
 """
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qtool.bench.decoding import Decoding, make_decoding
 from qtool.bench.timing import Timed, summarize
 from qtool.errors import QtoolError
 from qtool.layers.quant_linear import QuantLinear
@@ -118,11 +118,11 @@ def _measure(
     model: PreTrainedModel, vocab: int, batch: int, workload: Workload, progress: Progress, subject: str
 ) -> dict[str, Any]:
     prompt = torch.randint(vocab, (batch, workload.prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
-    _write(model, prompt, 2)  # what is compiled, packed or allocated at first is not measured
+    decoding = make_decoding(model, prompt, workload.new)
     firsts: list[float] = []
     rests: list[float] = []
     for _ in range(workload.repetitions):
-        first, rest = _write(model, prompt, workload.new)
+        first, rest = _write(model, decoding, prompt, workload.new)
         firsts.append(first)
         rests.append(rest)
     progress.advance(f"{subject}, batch {batch}")
@@ -132,20 +132,18 @@ def _measure(
         "batch": batch,
         "first_token_seconds": asdict(summarize(firsts)),
         "decode_tokens_per_second": asdict(Timed(tokens / step.median, tokens / step.high, tokens / step.low, step.samples)),
+        "decoding": {"form": decoding.form, "why": decoding.why},
     }
 
 
-def _write(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
+def _write(model: PreTrainedModel, decoding: Decoding, prompt: Tensor, new: int) -> tuple[float, float]:
     """Seconds until the first new token, and of the new - 1 after it."""
-    # Logits of the last position alone, as generate() asks for them, where the architecture knows how to.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    decoding.clear()
     begun = _now(model)
-    out = model(prompt, use_cache=True, **last)
-    token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
+    decoding.first(prompt)
     first = _now(model)
     for _ in range(new - 1):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True, **last)
-        token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
+        decoding.next()
     return first - begun, _now(model) - first
 
 

@@ -8,6 +8,7 @@ each is compared with its own exact product; or the reason, in words, why it doe
     bitsandbytes         NF4 and FP4 without nested scales, by its own quantizer; absmax of blocks in float32
     gemlite              whole numbers of 2, 4 and 8 bits with zero points, Triton, tuned at its first call
     humming-kernels      whole numbers of 1 to 8 bits and NF4's size in floats, by its own quantizer, compiled at its first call
+    Marlin               vLLM's kernel as gptqmodel ships it: 4 and 8 bits without zero points, compiled by nvcc at first use
 A peer that refuses to load, to build or to run is a row with its message, never a missing one.
 """
 
@@ -24,6 +25,7 @@ from qtool.formats.tensor import QuantizedTensor
 from qtool.kernels.whole_levels import whole_levels
 
 TORCH_INT4_GROUPS = (32, 64, 128, 256)
+MARLIN_BITS, MARLIN_GROUPS = (4, 8), (None, 32, 64, 128)
 INNER_TILES = 8  # of torch's packed layout on CUDA; the most, for wide inputs
 
 
@@ -47,21 +49,25 @@ def make_peers(tensor: QuantizedTensor, scheme: Scheme, device: torch.device) ->
         try:
             found[name] = make(tensor, scheme, device)
         except ImportError as error:
-            found[name] = f"does not load: {error}"
+            found[name] = f"does not load: {_first_line(error)}"
         except Exception as error:  # a peer's faults are its own: they are shown, and the bench goes on
-            found[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
     return found
 
 
 def loading() -> dict[str, str]:
     """Library: its version, or why it does not load."""
     found = {}
-    for name in ("torchao", "bitsandbytes", "gemlite", "humming", "triton"):
+    for name in ("torchao", "bitsandbytes", "gemlite", "humming", "gptqmodel", "triton"):
         try:
             found[name] = str(getattr(importlib.import_module(name), "__version__", "loads"))
         except Exception as error:  # libraries that find no GPU raise all kinds of errors when they are imported
-            found[name] = f"does not load: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found[name] = f"does not load: {type(error).__name__}: {_first_line(error)}"
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def torch_int4(tensor: QuantizedTensor, scheme: Scheme, device: torch.device) -> Peer | str:
@@ -177,6 +183,46 @@ def humming(tensor: QuantizedTensor, scheme: Scheme, device: torch.device) -> Pe
     return Peer(layer, W, tensor.stored_bytes)
 
 
+def marlin(tensor: QuantizedTensor, scheme: Scheme, device: torch.device) -> Peer | str:
+    if device.type != "cuda":
+        return "CUDA alone"
+    weights = tensor.scheme
+    if weights.format != "int" or weights.bits not in MARLIN_BITS or scheme.activations is not None:
+        return "whole numbers of 4 and 8 bits, weights alone"
+    if weights.group not in MARLIN_GROUPS:
+        return "groups of 32, 64 and 128, or one per output"
+    whole = whole_levels(tensor, weights.bits)
+    if isinstance(whole, str) or whole.shift is not None:
+        return whole if isinstance(whole, str) else "no zero points"
+    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+
+    n, n_in = tensor.shape
+    layer = MarlinLinear(
+        bits=weights.bits,
+        group_size=weights.group or -1,
+        desc_act=False,
+        sym=True,
+        in_features=n_in,
+        out_features=n,
+        dtype=torch.bfloat16,
+    )
+    scale = whole.scale.to(torch.bfloat16)
+    layer.qweight.data = gptq_words(whole.code, weights.bits)
+    layer.scales.data = scale.T.contiguous()  # [groups, out]
+    layer = layer.to(device).eval()
+    layer.post_init()  # into Marlin's own order
+    W = (whole.code.float().unflatten(1, (scale.shape[1], -1)) * scale.float().unsqueeze(-1)).flatten(1)
+    return Peer(layer, W, layer.qweight.nbytes + layer.scales.nbytes)
+
+
+def gptq_words(code: Tensor, bits: int) -> Tensor:
+    """Signed codes [out, in] as GPTQ keeps them: [in of a word, out] int32, the first input in the lowest bits, half added."""
+    unsigned = (code.T.long() + (1 << (bits - 1))).unflatten(0, (-1, 32 // bits))  # [words, inputs of a word, out]
+    shifts = torch.arange(0, 32, bits, device=code.device).view(-1, 1)
+    words = (unsigned << shifts).sum(1)  # [words, out]
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
+
+
 def _plain(tensor: QuantizedTensor, device: torch.device) -> nn.Linear:
     n, n_in = tensor.shape
     linear = nn.Linear(n_in, n, bias=False, dtype=torch.bfloat16, device=device)
@@ -191,4 +237,5 @@ PEERS: dict[str, MakePeer] = {
     "bitsandbytes": bitsandbytes,
     "gemlite": gemlite,
     "humming": humming,
+    "Marlin": marlin,
 }

@@ -116,11 +116,12 @@ def read_formats(words: list[str]) -> "tuple[Scheme, ...]":
 
 def print_generation(results: Row, console: Console) -> None:
     """A table of batches by subjects, then memory, then what computed the linears."""
+    from qtool.bench.decoding import CALLS, GRAPH
     from qtool.bench.generate import speedups
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("subject", "batch", "first token, ms", "decode, tokens/s", "weights, MiB", "peak, GiB"):
-        table.add_column(heading, justify="left" if heading == "subject" else "right")
+    for heading in ("subject", "batch", "first token, ms", "decode, tokens/s", "by", "weights, MiB", "peak, GiB"):
+        table.add_column(heading, justify="left" if heading in ("subject", "by") else "right")
     for row in results["rows"]:
         gpu = row["peak_gpu_gib"] if results["device"].startswith("cuda") else None
         table.add_row(
@@ -128,6 +129,7 @@ def print_generation(results: Row, console: Console) -> None:
             str(row["batch"]),
             with_spread(row["first_token_seconds"], 1e3),
             with_spread(row["decode_tokens_per_second"], 1),
+            row["decoding"]["form"],
             f"{row['weights_bytes'] / 2**20:,.1f}",
             f"{row['peak_rss_gib'] if gpu is None else gpu:.2f}",
         )
@@ -135,6 +137,12 @@ def print_generation(results: Row, console: Console) -> None:
     for subject in dict.fromkeys(row["subject"] for row in results["rows"]):
         for batch, prefill, decode in speedups(results["rows"], subject) if subject != "16 bits" else ():
             print(f"{subject}, batch {batch}: {prefill:.2f}× the prefill of 16 bits, {decode:.2f}× its decoding")
+    meanings = {GRAPH: "one CUDA graph for each token, replayed", CALLS: "a call of the model from Python for each token"}
+    for form in dict.fromkeys(row["decoding"]["form"] for row in results["rows"]):
+        print(f"decode by {form}: {meanings[form]}")
+    for subject, batch, why in [(r["subject"], r["batch"], r["decoding"]["why"]) for r in results["rows"]]:
+        if why is not None:
+            print(f"{subject}, batch {batch}: no graph of a step: {why}")
     for line in results["linears"]:
         print(f"fast: {line}")
     work = results["workload"]

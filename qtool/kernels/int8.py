@@ -14,7 +14,7 @@ from torch import Tensor
 from qtool.errors import QtoolError
 from qtool.formats.inputs import fit_inputs
 from qtool.formats.scheme import ActivationScheme
-from qtool.kernels.launch import Launch, aligned, counters, n_processors, run
+from qtool.kernels.launch import Launch, add_operator, aligned, counters, n_processors, run
 
 SYMMETRIC = ActivationScheme(bits=8)
 ASYMMETRIC = ActivationScheme(bits=8, symmetric=False)
@@ -118,15 +118,6 @@ def partial_sums(n_tokens: int, n_out: int, n_splits: int) -> int:
 
 # ---- the operators ----
 
-torch.library.define(
-    "qtool::int8_matmul",
-    "(Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale, Tensor? bias, Tensor? x_zero, Tensor? w_colsum, ScalarType dtype) "
-    "-> Tensor",
-)
-torch.library.define(
-    "qtool::quantize_tokens", "(Tensor x, bool symmetric, Tensor? gain, float eps) -> (Tensor, Tensor, Tensor)"
-)
-
 
 def _matmul_reference(
     xq: Tensor,
@@ -223,9 +214,5 @@ def _quantize_shape(x: Tensor, symmetric: bool, gain: Tensor | None, eps: float)
     )
 
 
-torch.library.impl("qtool::int8_matmul", "CPU", _matmul_reference)
-torch.library.impl("qtool::int8_matmul", "CUDA", _matmul_on_gpu)
-torch.library.impl("qtool::quantize_tokens", "CPU", _quantize_reference)
-torch.library.impl("qtool::quantize_tokens", "CUDA", _quantize_on_gpu)
-torch.library.register_fake("qtool::int8_matmul", _matmul_shape)
-torch.library.register_fake("qtool::quantize_tokens", _quantize_shape)
+add_operator("int8_matmul", _matmul_reference, _matmul_on_gpu, _matmul_shape)
+add_operator("quantize_tokens", _quantize_reference, _quantize_on_gpu, _quantize_shape)

@@ -69,6 +69,18 @@ def source(file: str) -> str:
     return expand(file)
 
 
+def add_operator(name: str, reference: Callable[..., Any], on_gpu: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """torch.ops.qtool.NAME, which the three compute of the same arguments: those of the reference, as its annotations say.
+
+    shape: empty outputs, for torch.compile and other callers that know tensors by their shapes alone.
+    """
+    full = f"qtool::{name}"
+    torch.library.define(full, torch.library.infer_schema(reference, mutates_args=()))
+    torch.library.impl(full, "CPU", reference)
+    torch.library.impl(full, "CUDA", on_gpu)
+    torch.library.register_fake(full, shape)
+
+
 def reason_not_to_run() -> str | None:
     """Why kernels cannot run here, or None."""
     if not torch.cuda.is_available():

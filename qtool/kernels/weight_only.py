@@ -7,6 +7,7 @@ Scales are kept in bfloat16 where they fit it exactly, so that powers of two do,
 each, in E4M3, its bits as uint8. Zero points are float16. alpha is the scale that all of a tensor share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from qtool.kernels.fragments import (
     sixteenths_to_lanes,
     to_fragments,
 )
-from qtool.kernels.launch import Launch, aligned, counters, n_processors, run
+from qtool.kernels.launch import Launch, add_operator, aligned, counters, n_processors, run
 
 BITS = (2, 3, 4, 8)
 TABLE_BITS = 4
@@ -306,79 +307,57 @@ def partial_sums(packed: PackedWeight, n_tokens: int, n_splits: int) -> int:
 
 # ---- the operator ----
 
-torch.library.define(
-    "qtool::weight_only_matmul",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? table, Tensor? bias, int bits, int out, int group, "
-    "float alpha) -> Tensor",
-)
+
+def _of_weight(compute: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """`compute` of the operator's arguments, which are a packed weight's parts."""
+
+    def call(
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        table: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        out: int,
+        group: int,
+        alpha: float,
+    ) -> Tensor:
+        return compute(x, PackedWeight(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha), bias)
+
+    return call
 
 
-def _reference(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out: int,
-    group: int,
-    alpha: float,
-) -> Tensor:
-    W = unpack(PackedWeight(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha))  # [out, in]
-    y = x.float() @ W.T  # [..., out]
+def _reference(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    y = x.float() @ unpack(packed).T  # [..., out]
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _on_gpu(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out: int,
-    group: int,
-    alpha: float,
-) -> Tensor:
-    packed = PackedWeight(codes, scale, zero, table, bits, (out, x.shape[-1]), group, alpha)
+def _on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise QtoolError(f"inputs in {x.dtype} have no kernel; cast them to float16 or bfloat16")
     if bias is not None and bias.dtype != x.dtype:
         raise QtoolError(f"bias in {bias.dtype} of inputs in {x.dtype}; cast it to {x.dtype}")
     flat = aligned(x.reshape(-1, x.shape[-1]))  # [tokens, in]
+    out = packed.shape[0]
     y = x.new_empty((len(flat), out))  # [tokens, out]
     if not y.numel():
         return y.view(*x.shape[:-1], out)
     if len(flat) > MANY:
-        W = x.new_empty((out, x.shape[-1]))  # [out, in]
+        W = x.new_empty(packed.shape)  # [out, in]
         run(dequantize_launch(packed, W), x.device)
         return torch.nn.functional.linear(x, W, bias)
     n_splits = splits_of(packed, len(flat), n_processors(x.device))
     partial, count = None, None
     if n_splits > 1:
         partial = x.new_empty(partial_sums(packed, len(flat), n_splits), dtype=torch.float32)
-        count = counters(x.device, len(codes) * -(-len(flat) // 8))  # no fewer than blocks' outputs
+        count = counters(x.device, len(packed.codes) * -(-len(flat) // 8))  # no fewer than blocks' outputs
     run(product_launch(flat, packed, bias, y, n_splits, partial, count), x.device)
     return y.view(*x.shape[:-1], out)
 
 
-def _shape_of(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out: int,
-    group: int,
-    alpha: float,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out))
+def _shape_of(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-torch.library.impl("qtool::weight_only_matmul", "CPU", _reference)
-torch.library.impl("qtool::weight_only_matmul", "CUDA", _on_gpu)
-torch.library.register_fake("qtool::weight_only_matmul", _shape_of)
+add_operator("weight_only_matmul", _of_weight(_reference), _of_weight(_on_gpu), _of_weight(_shape_of))

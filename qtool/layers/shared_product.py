@@ -4,6 +4,9 @@
 The first linear that is called computes the outputs of all; each other takes its own, where its input is that very tensor and
 nobody has written into it since. Otherwise all are computed anew: right, though of no use to speed. An output is handed out
 once, so that a caller who writes into it writes into nobody else's.
+What goes unseen: torch counts no writes in inference mode, nor while it compiles. There a block that writes into x in place
+between two of its linears gets for the second what the first one's x gives; one that makes a new tensor gets what is right.
+Why that is left: the one other way to see a write is to read all of x again at each call.
 Why at the call and not in the block: what stands where in a block is the model's own code, which stays as it is.
 Why weights alone: inputs that are rounded or rotated first are a new tensor for each linear.
 """

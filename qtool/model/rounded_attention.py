@@ -141,6 +141,11 @@ def rounded_by_kivi(attentions: Iterable[nn.Module], scheme: KiviScheme) -> Iter
         yield
 
 
+def keeps_codes(model: nn.Module) -> bool:
+    """Whether an attention of a model keeps its keys and values as codes."""
+    return any(getattr(module, STATE, AttentionState()).kivi is not None for module in model.modules())
+
+
 def round_attention(attention: nn.Module, rounding: AttentionRounding) -> None:
     """Let an attention round its queries and probabilities; raises QtoolError where it cannot."""
     state_of(attention).rounding = rounding

@@ -40,6 +40,7 @@ def test_subjects_batches_and_memory(exported: ModelOptions) -> None:
         first, decode = row["first_token_seconds"], row["decode_tokens_per_second"]
         assert 0 < first["low"] <= first["median"] <= first["high"] and first["samples"] == WORK.repetitions
         assert 0 < decode["low"] <= decode["median"] <= decode["high"]
+        assert row["decoding"] == {"form": "calls", "why": None}
     weights = {row["subject"]: row["weights_bytes"] for row in rows}
     in_blocks = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # weights of the linears
     assert weights["16 bits"] - weights["reference"] == pytest.approx(in_blocks * (2 - 1 - 2 / 32), rel=0.01)

@@ -182,9 +182,7 @@ def test_the_operator_takes_the_kernel_for_its_tokens(compiled: Path, monkeypatc
     packed = pack(tensor)
     x = torch.randn(1, tokens, 1536, generator=torch.Generator().manual_seed(1)).bfloat16()
     bias = torch.randn(70, generator=torch.Generator().manual_seed(2)).bfloat16()
-    y = weight_only._on_gpu(
-        x, packed.codes, packed.scale, packed.zero, packed.table, bias, packed.bits, 70, packed.group, packed.alpha
-    )
+    y = weight_only._on_gpu(x, packed, bias)
     assert y.shape == (1, tokens, 70)
     assert [launch.file for launch in started] == {0: [], 257: ["dequantize.cu"], 40: ["batch.cu"]}.get(
         tokens, ["decode_step.cu"]
@@ -198,12 +196,10 @@ def test_the_operator_takes_the_kernel_for_its_tokens(compiled: Path, monkeypatc
 
 def test_what_the_operator_cannot_do_on_a_gpu_is_said(compiled: Path) -> None:
     packed = pack(weights("w4g64", None, 16, 64, 0))
-    rest = (packed.bits, 16, packed.group, packed.alpha)
-    parts = (packed.codes, packed.scale, None, None)
     with pytest.raises(QtoolError, match="cast them to float16 or bfloat16"):
-        weight_only._on_gpu(torch.ones(1, 64), *parts, None, *rest)
+        weight_only._on_gpu(torch.ones(1, 64), packed, None)
     with pytest.raises(QtoolError, match="bias in torch.float32"):
-        weight_only._on_gpu(torch.ones(1, 64).half(), *parts, torch.ones(16), *rest)
+        weight_only._on_gpu(torch.ones(1, 64).half(), packed, torch.ones(16))
 
 
 @pytest.mark.parametrize("processors", [1, 46, 132])
@@ -215,14 +211,14 @@ def test_inputs_are_split_over_no_more_blocks_than_there_is_work(processors: int
 
 
 MUTANTS = {
-    "a barrier is gone": ("+ g] = acc[n][m][i];\n  __syncthreads();", "+ g] = acc[n][m][i];"),
+    "a barrier is gone": ("2 * t, g);\n  __syncthreads();", "2 * t, g);"),
     "scale and zero are swapped": (
         "stage.scale[n][span] = load_scale<SCALE>(scale,",
         "stage.zero[n][span] = ptx::load4((const uint32_t*)scale + index); stage.scale[n][span] = load_scale<SCALE>(zero,",
     ),
     "rows g and g + 8 are swapped": ("r ? stored.bits[0] & 0xFFFF0000", "!r ? stored.bits[0] & 0xFFFF0000"),
     "a tile off by one": ("first_tile = blockIdx.x * NT;", "first_tile = blockIdx.x * NT + 1;"),
-    "a block of inputs off by one": ("blockIdx.y / gridDim.y);", "blockIdx.y / gridDim.y) + (blockIdx.y > 0);"),
+    "a block of inputs off by one": ("begin_of(blockIdx.y, n_blocks),", "begin_of(blockIdx.y, n_blocks) + (blockIdx.y > 0),"),
     "a group off by one": ("+ span * SPAN) >> group_shift;", "+ span * SPAN + 32) >> group_shift;"),
     "no end of the outputs": ("if (n < n_out) store(", "store("),
     "no end of the inputs": ("token < n_tokens && k < n_in", "token < n_tokens"),
@@ -231,7 +227,7 @@ MUTANTS = {
     "the last warp's sums are left out": ("for (int w = 0; w < WARPS; w++)", "for (int w = 0; w < WARPS - 1; w++)"),
     "a code's offset is wrong": ("+ (1 << (FORMAT - 1))) * PAIR", "+ (1 << FORMAT)) * PAIR"),
     "no zero points": ("sum -= zero_of<FORMAT>(zeros, i / 2) * total[i];", ""),
-    "no scale of the tensor": ("sum = alpha * sum +", "sum = sum +"),
+    "no scale of the tensor": ("n, alpha * sum);", "n, sum);"),
 }
 BATCH_MUTANTS = {
     "no barrier before a place is written again": ("__syncthreads();  // x of this block", "// x of this block"),

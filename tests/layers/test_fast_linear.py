@@ -263,6 +263,15 @@ def test_a_compiled_block_shares_too(kernels_on_cpu: list[int]) -> None:
     assert torch.equal(block(x), expected) and torch.equal(block(x), expected)
 
 
+def test_a_new_tensor_is_a_new_input_where_torch_counts_no_writes(kernels_on_cpu: list[int]) -> None:
+    (gate, up), x = together(siblings("w4a16g64", 64, 64)), inputs(3)
+    expected = gate(x), up(x + 1)
+    with torch.inference_mode():
+        assert torch.equal(gate(x), expected[0]) and torch.equal(up(x + 1), expected[1])
+    block = torch.compile(lambda x: (gate(x), up(x + 1)), fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(found, wanted) for found, wanted in zip(block(x), expected, strict=True))
+
+
 def test_what_shares_nothing_says_why(kernels_on_cpu: list[int]) -> None:
     rotated = layer_of("w4a16g64")
     rotate_input(rotated, torch.ones(256))
