@@ -13,12 +13,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.sparsity import SparsitySelection, choose
+from qtool.formats.sparsity import SharedSparsity, choose
 from qtool.options import Sequential
 from qtool.registry import Method
 
 
-class WandaOptions(SparsitySelection, Sequential):
+class WandaOptions(SharedSparsity, Sequential):
     """Options of Wanda."""
 
 
