@@ -79,8 +79,9 @@ def choose_change(
     shares: the sparsity of linears by name, where it is not the one that the options state.
     """
     if before is None:
-        also = {"curvature": curvature or {}, "shares": shares or {}}
-        return partial(change_linears, block, method=method, options=options, work=work, **also)
+        return partial(
+            change_linears, block, method=method, options=options, work=work, curvature=curvature or {}, shares=shares or {}
+        )
     return partial(compensate_linears, block, before, method=method, options=options, work=work)
 
 

@@ -32,11 +32,12 @@ def shares_below_one_threshold(model: ModelHandle, names: list[str], sparsity: f
     """The part of each linear's weights that are among the round(sparsity · all) smallest of all linears'."""
     sizes = {name: model.linear_shape(name)[0] * model.linear_shape(name)[1] for name in names}
     left = count(sparsity, sum(sizes.values()))
-    upper = sum(torch.bincount(bits >> HALF, minlength=1 << HALF) for _, bits in magnitudes(model, names))
+    upper, lower = (torch.zeros(1 << HALF, dtype=torch.int64) for _ in range(2))  # how many weights have these bits
+    for _, bits in magnitudes(model, names):
+        upper += torch.bincount(bits >> HALF, minlength=1 << HALF).cpu()
     top, left = place_of(upper, left)
-    lower = sum(
-        torch.bincount(bits[bits >> HALF == top] & (1 << HALF) - 1, minlength=1 << HALF) for _, bits in magnitudes(model, names)
-    )
+    for _, bits in magnitudes(model, names):
+        lower += torch.bincount(bits[bits >> HALF == top] & (1 << HALF) - 1, minlength=1 << HALF).cpu()
     low, left = place_of(lower, left)
     threshold, found = (top << HALF) + low, {}
     for name, bits in magnitudes(model, names):
