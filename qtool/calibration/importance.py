@@ -6,8 +6,8 @@
     block l      influence 1 - mean over tokens of cos(h_l, h_l+1);  or the loss of the model without it, nats a token
     expert e     mean over the tokens t routed to it of  p_e(t) ‖f_e(t)‖,  p the router's weight, f the expert's output (REAP)
 Tokens that reach an expert have lost their windows: they count as one a forward.
-Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.2; Men et al. 2024, arXiv:2403.03853 (ShortGPT),
-section 3; Lasby et al. 2025, arXiv:2510.13999 (REAP).
+Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.2; Men et al. 2024, arXiv:2403.03853 (ShortGPT);
+Lasby et al. 2025, arXiv:2510.13999 (REAP).
 """
 
 import contextlib
