@@ -16,7 +16,6 @@ goes; writing the smaller model.
 from collections.abc import Callable
 from dataclasses import replace
 
-import scipy.optimize
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -25,6 +24,7 @@ from torch import Tensor
 from qtool.calibration.importance import Importance, most
 from qtool.calibration.mixture import Mixture
 from qtool.errors import QtoolError
+from qtool.linalg.assignment import cheapest_partners
 from qtool.model.cutting import Cut, Merge
 from qtool.model.handle import ModelHandle
 from qtool.model.shape import Shape, check_sizes, check_smaller, shape_of_model
@@ -87,7 +87,7 @@ def order(mixture: Mixture, expert: int, center: int) -> Tensor:
     looks = (mixture.activations, mixture.weights)
     pairs = [(F.normalize(look(center), dim=-1), F.normalize(look(expert), dim=-1)) for look in looks]
     cost = sum((torch.cdist(a, b) for a, b in pairs), start=torch.zeros(()))  # [neurons, neurons]
-    return torch.from_numpy(scipy.optimize.linear_sum_assignment(cost.cpu().numpy())[1])
+    return cheapest_partners(cost)
 
 
 def shape_after(model: ModelHandle, options: ReamOptions) -> Shape:
