@@ -6,21 +6,20 @@
     block l      influence 1 - mean over tokens of cos(h_l, h_l+1);  or the loss of the model without it, nats a token
     expert e     mean over the tokens t routed to it of  p_e(t) ‖f_e(t)‖,  p the router's weight, f the expert's output (REAP)
 Tokens that reach an expert have lost their windows: they count as one a forward.
-Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.2; Men et al. 2024, arXiv:2403.03853 (ShortGPT),
-section 3; Lasby et al. 2025, arXiv:2510.13999 (REAP).
+Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.2; Men et al. 2024, arXiv:2403.03853 (ShortGPT);
+Lasby et al. 2025, arXiv:2510.13999 (REAP).
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from qtool.calibration.mixture import Mixture, RoutedScores, observe_experts
 from qtool.layers.experts import Experts
-from qtool.model.cutting import Cut
+from qtool.model.cutting import Cut, Cutter
 from qtool.model.handle import BATCH, ModelHandle
 from qtool.model.linear import input_place, is_linear
 from qtool.model.shape import Shape, Sides, find_sides, place_of, shape_of_model
@@ -44,23 +43,6 @@ class UnitScores:
     def scores(self) -> Tensor:
         """[units], float64."""
         return self._sum.sqrt()
-
-
-class RoutedScores:
-    """Accumulates the mean over routed tokens of p_e ‖f_e‖ of every expert of one mixture."""
-
-    def __init__(self, n_experts: int) -> None:
-        self._sum = torch.zeros(n_experts, dtype=torch.float64)
-        self.tokens = torch.zeros(n_experts, dtype=torch.int64)
-
-    def update(self, expert: int, weights: Tensor, out: Tensor) -> None:
-        """weights [tokens] of the router and out [tokens, hidden] of the expert, for the tokens routed to it."""
-        self._sum[expert] += float((weights.double() * out.double().norm(dim=-1)).sum())
-        self.tokens[expert] += len(out)
-
-    def scores(self) -> Tensor:
-        """[experts], float64; 0 for an expert that no token came to."""
-        return self._sum / self.tokens.clamp(min=1)
 
 
 class Importance:
@@ -190,20 +172,24 @@ class Importance:
             self._advance()
         return found
 
+    @torch.no_grad()
+    def mixtures(self, cut: Cut) -> Iterator[tuple[str, Mixture]]:
+        """Every mixture in turn, by "experts:block", fed with what the blocks before it give once they are cut.
 
-def observe_experts(experts: Experts, scores: RoutedScores) -> list[RemovableHandle]:
-    """Hooks that tell `scores` of every forward of a mixture's experts."""
-    routed: list[tuple[Tensor, Tensor]] = []
-
-    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        routed[:] = [(args[1], args[2])]  # [tokens, k] each
-
-    def leave(module: nn.Module, args: tuple[Tensor, ...], out: Tensor, expert: int) -> None:
-        index, weights = routed[0]
-        scores.update(expert, weights[index == expert], out)  # the same order as the experts' own: tokens, then choices
-
-    hooks = [experts.register_forward_pre_hook(enter)]
-    return [*hooks, *(down.register_forward_hook(partial(leave, expert=e)) for e, down in enumerate(experts.down))]
+        Before the next one is asked for, `cut` must have been told what stays of this one.
+        """
+        cutter, hidden = Cutter(self.model, cut), self.model.embed(self.tokens)
+        for index, block in enumerate(self.model.blocks()):
+            experts = next((module for module in block.module.modules() if isinstance(module, Experts)), None)
+            if experts is None:
+                hidden = block.forward(hidden)
+            else:
+                mixture = Mixture(experts, hidden.shape[-1], block.device)
+                with mixture.observed(block.module):
+                    block.forward(hidden)
+                yield f"experts:{block.name}", mixture
+                hidden = cutter.forward(block, index, hidden)
+            self._advance()
 
 
 def most(scores: Tensor, count: int) -> Tensor:

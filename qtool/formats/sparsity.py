@@ -7,6 +7,7 @@ Of equal scores the weight further left goes first, so that the choice is the sa
 
 import re
 from math import floor
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -43,6 +44,22 @@ class SparsitySelection(Selection):
             return None
         n, m = self.pattern.split(":")
         return int(n), int(m)
+
+
+class SharedSparsity(SparsitySelection):
+    """Options of a method that makes linears sparse in one go and lets them share what all together lose."""
+
+    densities: Literal["uniform", "erk", "magnitude"] = Field(
+        "uniform",
+        description="how linears share what all together lose: uniform, each the same part of its weights; erk, narrow ones "
+        "less; magnitude, each what it has below one threshold for all of them",
+    )
+
+    @model_validator(mode="after")
+    def _check_densities(self) -> "SharedSparsity":
+        if self.pattern is not None and self.densities != "uniform":
+            raise ValueError(f"pattern {self.pattern} is the same in every linear; leave densities or pattern away")
+        return self
 
 
 def count(sparsity: float, n_weights: int) -> int:

@@ -30,7 +30,7 @@ def with_cut(method: Method, check: Callable[[ModelHandle, Cut, Any], None]) -> 
 
 
 def what_stays_is_in_order(method: Method) -> None:
-    """Blocks and units ascend, are there, and are as many as the shape says."""
+    """Blocks and units ascend, are there, and are as many as the shape says; those merged share nothing out twice."""
 
     def check(model: ModelHandle, cut: Cut, options: Any) -> None:
         old = shape_of_model(model)
@@ -41,6 +41,12 @@ def what_stays_is_in_order(method: Method) -> None:
             assert torch.equal(units, units.unique()), f"{name}: {units.tolist()} are not ascending"
             assert len(units) == getattr(cut.shape, axis), f"{name}: {len(units)} stay, must be {getattr(cut.shape, axis)}"
             assert int(units.max()) < getattr(old, axis), f"{name}: there is no unit {int(units.max())}"
+        for name, merge in cut.merges.items():
+            assert torch.equal(merge.into.unique(), cut.kept[name]), f"{name}: merged into {merge.into.tolist()}"
+            sums = torch.zeros(old.experts, dtype=torch.float64).index_add(0, merge.into, merge.shares)[cut.kept[name]]
+            torch.testing.assert_close(sums, torch.ones_like(sums), msg=f"{name}: shares add up to {sums.tolist()}")
+            neurons = torch.arange(old.neurons).expand_as(merge.orders)
+            assert torch.equal(merge.orders.sort(1).values, neurons), f"{name}: an order leaves neurons out"
 
     with_cut(method, check)
 

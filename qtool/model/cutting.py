@@ -5,12 +5,13 @@ Every block is tried before it is believed: in float32, the block with all that 
 gives, on the channels that stay. A norm over fewer channels takes another mean, so the reference's norms look at the channels
 that stay alone (masked norms), and the reference's router is asked about the experts that stay alone.
 Head residual: a head that stays may take on the difference from one that goes,  W'_i = W_i + (W_i - W_j), in its projections.
+Merge: an expert that stays may be the mean of several, their neurons in its order,  W'_c = sum over e of  s_e P_e W_e.
 Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.3; head residual: the same section.
 """
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -28,10 +29,25 @@ KINDS = ("attention_type", "layer_type", "sliding_window", "is_sliding", "block_
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Experts of one mixture that become those that stay, each the sum of share · weights over what is merged into it."""
+
+    into: Tensor  # [experts], the expert that stays; for that one its own number
+    shares: Tensor  # [experts], float64, those merged into one add up to 1
+    orders: Tensor  # [experts, neurons], which of its neurons stands where
+
+    def members(self, center: int) -> list[int]:
+        """The experts merged into one that stays, itself among them."""
+        found: list[int] = (self.into == center).nonzero().flatten().tolist()
+        return found
+
+
+@dataclass(frozen=True)
 class Cut:
     """What stays: blocks by index, and of each axis and place (see `place_of`) the units, ascending; all where none is named.
 
     `partners`: at "axis:place", for every unit that stays, the dropped one whose difference from it is added; -1 for none.
+    `merges`: at "experts:place", what the experts that stay are made of; themselves where none is named.
     `facts`: what the choice was made by, for the results.
     """
 
@@ -39,22 +55,27 @@ class Cut:
     blocks: tuple[int, ...]
     kept: dict[str, Tensor] = field(default_factory=dict)  # "axis:place": [units that stay]
     partners: dict[str, Tensor] = field(default_factory=dict)
+    merges: dict[str, Merge] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What stays, to be stored."""
         found = {f"kept:{name}": units for name, units in self.kept.items()}
         found |= {f"partners:{name}": units for name, units in self.partners.items()}
+        for name, merge in self.merges.items():
+            found |= {f"{part.name}:{name}": getattr(merge, part.name) for part in fields(Merge)}
         return {"blocks": torch.tensor(self.blocks), **found}
 
     @classmethod
     def from_tensors(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> "Cut":
         """The cut that `to_tensors` was made from."""
-        kept, partners = (
-            {name.removeprefix(kind): units for name, units in tensors.items() if name.startswith(kind)}
-            for kind in ("kept:", "partners:")
+        kinds = ("kept", "partners", *(part.name for part in fields(Merge)))
+        kept, partners, *parts = (
+            {name.removeprefix(f"{kind}:"): units for name, units in tensors.items() if name.startswith(f"{kind}:")}
+            for kind in kinds
         )
-        return cls(shape, tuple(tensors["blocks"].tolist()), kept, partners, facts)
+        merges = {name: Merge(*(part[name] for part in parts)) for name in parts[0]}
+        return cls(shape, tuple(tensors["blocks"].tolist()), kept, partners, merges, facts)
 
 
 class Cutter:
@@ -91,10 +112,10 @@ class Cutter:
     def block_tensors(self, block: Block, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` of the smaller model, made of `block`, by full names."""
         prefix = f"{self.model.blocks_name}.{index}."
-        found = {}
-        for local, tensor in block.module.state_dict().items():
-            if (renamed := self._renumbered(f"{block.name}.{local}")) is not None:
-                found[prefix + renamed.removeprefix(f"{block.name}.")] = self._cut(f"{block.name}.{local}", tensor)
+        found, state = {}, {f"{block.name}.{local}": tensor for local, tensor in block.module.state_dict().items()}
+        for name, tensor in state.items():
+            if (renamed := self._renumbered(name)) is not None:
+                found[prefix + renamed.removeprefix(f"{block.name}.")] = self._cut(name, self._merged(name, tensor, state))
         self._check_forms(found)
         return found
 
@@ -159,6 +180,21 @@ class Cutter:
                 tensor = tensor.index_select(place, kept.to(tensor.device))
         return tensor.contiguous()
 
+    def _merged(self, name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """A tensor of an expert that stays with all that is merged into it, all of them in `state`; others as they are."""
+        linear, _, last = name.rpartition(".")
+        expert = EXPERT.fullmatch(linear)
+        merge = None if expert is None else self.cut.merges.get(f"experts:{place_of(name, 'experts', self.model)}")
+        if expert is None or merge is None:
+            return tensor
+        total = torch.zeros_like(tensor, dtype=torch.float32)
+        for member in merge.members(int(expert[3])):
+            W = state[f"{expert[1]}.{expert[2]}.{member}.{last}"].float()
+            order = merge.orders[member].to(W.device)
+            W = W[:, order] if expert[2] == "down" else W.unflatten(0, (2, -1))[:, order].flatten(0, 1)
+            total.add_(W, alpha=float(merge.shares[member]))
+        return total.to(tensor.dtype)
+
     def _with_partners(self, side: Side, name: str, tensor: Tensor) -> Tensor:
         """Rows of heads that stay with their partners' difference added; the whole tensor still."""
         start = 0
@@ -178,6 +214,19 @@ class Cutter:
             start += count * segment.width
         return tensor
 
+    def _smaller(self, block: Block, index: int, dtype: torch.dtype) -> nn.Module:
+        """Block `index` of the smaller model, made of `block`."""
+        prefix, new = f"{self.model.blocks_name}.{index}.", copy.deepcopy(self.target.skeleton_of(index))
+        tensors = {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in self.block_tensors(block, index).items()}
+        new.load_state_dict(tensors, assign=True)
+        return new
+
+    @torch.no_grad()
+    def forward(self, block: Block, index: int, hidden: Tensor) -> Tensor:
+        """All samples [samples, length, hidden] through block `index` of the smaller model, made of `block`, as it is fed."""
+        smaller = Block(self.model, block.index, self._smaller(block, index, block.dtype), block.name)
+        return smaller.forward(hidden)
+
     # ---- trials ----
 
     @torch.no_grad()
@@ -187,10 +236,8 @@ class Cutter:
         hidden [1, length, hidden]: what the block is fed.
         """
         plain = copy.copy(self)
-        plain.cut = replace(self.cut, partners={})  # which change what a head computes
-        tensors, prefix = plain.block_tensors(block, index), f"{self.model.blocks_name}.{index}."
-        new = copy.deepcopy(self.target.skeleton_of(index))
-        new.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}, assign=True)
+        plain.cut = replace(self.cut, partners={}, merges={})  # which change what a head, an expert computes
+        new = plain._smaller(block, index, torch.float32)
         old = copy.deepcopy(block.module).float()
         for local, parameter in old.named_parameters():
             parameter.data = self._masked(f"{block.name}.{local}", parameter.data)

@@ -11,6 +11,7 @@ Factorize makes up for what quantization took: it sees W - W^, W of the model as
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from qtool.calibration.statistics import LayerStats
 from qtool.errors import QtoolError
 from qtool.formats.low_rank import LowRankSelection
 from qtool.formats.scheme import InputSelection, SchemeSelection
+from qtool.formats.sparsity import SharedSparsity
 from qtool.model.handle import BATCH, Block, ModelHandle
 from qtool.model.memory import large_pieces_returned
 from qtool.model.store import save_changes
@@ -37,6 +39,7 @@ from qtool.pipeline.block_scope import (
 from qtool.pipeline.curvature import curvature_of, discard_curvature, gather_curvature
 from qtool.pipeline.folder import StepFolder
 from qtool.pipeline.linear_scope import change_block, choose_change, chosen_groups
+from qtool.pipeline.shares import shares_of
 from qtool.pipeline.twin import Twin
 from qtool.pipeline.work import Work
 from qtool.progress import Progress
@@ -79,6 +82,7 @@ def run_blockwise(
         twin = Twin(before_step(model, folder), tokens)
     if sees_outputs and tokens is not None and not all(folder.unit(f"block_{i:03d}").is_file() for i in range(model.n_blocks)):
         gather_curvature(before_step(model, folder), options, tokens, seed, folder, progress)
+    shares = shares_of(before_step(model, folder), options) if isinstance(options, SharedSparsity) else {}
     for index in range(model.n_blocks):
         unit = f"block_{index:03d}"
         is_done = folder.unit(unit).is_file()
@@ -112,7 +116,7 @@ def run_blockwise(
                     before = None if unquantized is None else unquantized.block(index)
                     groups = chosen_groups(block, options, hidden, only_quantized=before is not None)
                     curvature = curvature_of(folder, block) if sees_outputs else {}
-                    change = choose_change(block, before, method, options, work, curvature)
+                    change = choose_change(block, before, method, options, work, curvature, shares)
                     hidden = change_block(block, groups, options, needs, hidden, twin, change, is_last)
                     if unquantized is not None:
                         unquantized.release(index)
@@ -121,7 +125,7 @@ def run_blockwise(
             source.release(index)
         progress.advance(f"{model.blocks_name}.{index}")
     if head is not None and not folder.unit("outer").is_file():
-        change_head(model, unquantized, head, method, options, needs, hidden, twin, folder)
+        change_head(model, unquantized, head, method, options, needs, hidden, twin, folder, shares)
         progress.advance(head)
     discard_curvature(folder)
     return collect(model, folder)
@@ -214,6 +218,7 @@ def change_head(
     hidden: Tensor | None,
     twin: Twin | None,
     folder: StepFolder,
+    shares: Mapping[str, float],
 ) -> None:
     """The same for the output head, which stands outside the blocks."""
     work = Work(model.unit_changes("outer"))
@@ -232,7 +237,7 @@ def change_head(
                 stats = LayerStats(model.linear_shape(head)[1], needs, model.device)
                 for place, x in enumerate(inputs):
                     stats.update(x, originals[place] if originals else None)
-            choose_change(outside, before, method, options, work)((head,), stats)
+            choose_change(outside, before, method, options, work, shares=shares)((head,), stats)
     folder.write_records("outer", {"linears": work.linears, "fallbacks": work.fallbacks})
     save_changes(folder.unit("outer"), work.changes)
 

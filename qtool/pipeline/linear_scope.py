@@ -65,14 +65,23 @@ def change_block(
 
 
 def choose_change(
-    block: Block, before: Block | None, method: Method, options: Any, work: Work, curvature: Mapping[str, Tensor] | None = None
+    block: Block,
+    before: Block | None,
+    method: Method,
+    options: Any,
+    work: Work,
+    curvature: Mapping[str, Tensor] | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> Change:
     """What a step does to linears: with the block as it was `before` it was quantized, make up for that.
 
     curvature: the output_hessian [out, out] of linears by name, where the method asks for it.
+    shares: the sparsity of linears by name, where it is not the one that the options state.
     """
     if before is None:
-        return partial(change_linears, block, method=method, options=options, work=work, curvature=curvature or {})
+        return partial(
+            change_linears, block, method=method, options=options, work=work, curvature=curvature or {}, shares=shares or {}
+        )
     return partial(compensate_linears, block, before, method=method, options=options, work=work)
 
 
@@ -108,23 +117,25 @@ def change_linears(
     options: Any,
     work: Work,
     curvature: Mapping[str, Tensor],
+    shares: Mapping[str, float],
 ) -> None:
     """Quantize, prune or reshape linears that share an input, in one call where the method works row by row."""
-    batches: list[tuple[Scheme | None, list[str]]] = []
+    batches: list[tuple[Scheme | None, Any, list[str]]] = []
     for name in names:
         if isinstance(block.get(name), QuantLinear):
             raise QtoolError(f"{method.key}: {name} is quantized already; quantize once, and prune before it")
         scheme = options.scheme_of(name) if isinstance(options, SchemeSelection) else None
         is_rowwise = method.rowwise and (scheme is None or scheme.weights.is_rowwise)
-        if is_rowwise and batches and batches[-1][0] == scheme:
-            batches[-1][1].append(name)
+        own = options.model_copy(update={"sparsity": shares[name]}) if name in shares else options
+        if is_rowwise and batches and batches[-1][:2] == (scheme, own):
+            batches[-1][2].append(name)
         else:
-            batches.append((scheme, [name]))
-    for scheme, members in batches:
+            batches.append((scheme, own, [name]))
+    for scheme, own, members in batches:
         begun = time.perf_counter()
         n_rows, note = sum(shape_of(block.get(name))[0] for name in members), work.note(members[0])
         seen = stats if stats is None else stats.of_output(curvature.get(members[0]))
-        chosen = (options,) if scheme is None else (method.asked_of(scheme), options)
+        chosen = (own,) if scheme is None else (method.asked_of(scheme), own)
         # The method alone holds its copy of the weights [out of all, in], so it may write into them or let them go.
         try:
             result = method.run(torch.cat([weight_of(block.get(name)) for name in members]), seen, *chosen, note)

@@ -1,7 +1,11 @@
-"""Every recipe that ships runs to the end on two blocks of the demo model, on less text and with fewer training steps."""
+"""Every recipe that ships runs to the end on two blocks of the demo model, on less text and with fewer training steps.
+
+Those that need a mixture run on a random one of four experts.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ RECIPES = sorted((Path(__file__).resolve().parent.parent.parent / "recipes").glo
 BLOCKS = 2
 # By the weights, not by the text: one block is enough.
 SLOW = ("quantize/yaqa", "quantize/lattice", "quantize/ada_dim", "quantize/fpq")
+MIXTURES = ("prune/experts", "prune/ream")
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +60,8 @@ def smaller(path: Path, model: Path) -> list[str]:
             found += [f"pipeline.{number}.{name}={n}" for name, n in fewer.items() if type(stated.get(name)) is int]
         if step.key == "distill/sortednet":  # sizes that two blocks have
             found.append(f"pipeline.{number}.submodels={{small: {{blocks: 1, neurons: 512}}}}")
+        if step.key in MIXTURES:
+            found.append(f"pipeline.{number}.keep=3")
         if step.key in SLOW:
             found.append(f'pipeline.{number}.ignore=[lm_head, "*layers.1.*"]')
     return found
@@ -62,7 +69,9 @@ def smaller(path: Path, model: Path) -> list[str]:
 
 @pytest.mark.no_cover  # counting lines would double the time, and every line has tests of its own
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_to_the_end(path: Path, model: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs_to_the_end(path: Path, model: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    if any(step.key in MIXTURES for step in load(path).steps):
+        model = tiny_model("mixtral", hidden_size=128)  # groups of 128
     overrides = [part for override in smaller(path, model) for part in ("--set", override)]
     done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), *overrides])
     assert done.exit_code == 0, done.stderr + repr(done.exception)

@@ -4,7 +4,7 @@
     kd    KL(p ‖ q)    p the teacher's, q the student's prediction [tokens, vocab]
     cwtm  sum_s w_s CE(q_s, y_s),  w_s = max_j p_sj / sum_u max_j p_uj        y the text's next tokens
     dkpp  CE(q, p'),   p' is p with all probabilities but the largest permuted anew, token by token
-Source: Furlanello et al. 2018, arXiv:1805.04770, sections 3.2 (equation 9) and 3.3 (equation 10). Differs: a generation begins
+Source: Furlanello et al. 2018, arXiv:1805.04770, section 3.2, equations 10 and 11. Differs: a generation begins
 at the compressed model's weights, unless start: random draws them as the paper does; generations are not averaged.
 For: start: random, where a generation more may still gain; cwtm and dkpp tell what of distillation matters.
 Costs: `generations` trainings, and one more model in memory.

@@ -3,7 +3,7 @@
     v = (w - min) / a,  a = max - min of a bucket of `bucket` weights;    Q(v) = the nearest of p_1 < ... < p_s,  s = 2^bits
     w^ = a Q(v) + min        dL/dp_j = sum over i with Q(v_i) = p_j of a_i dL/dw^_i
     w [out, in]    p [s] of each matrix, at first the quantiles of v
-Source: Polino et al. 2018, arXiv:1802.05668, section 4, Algorithm 2. Differs: one number of bits for all matrices. The result
+Source: Polino et al. 2018, arXiv:1802.05668. Differs: one number of bits for all matrices. The result
 is a dense checkpoint of these values, as no runtime's format has points of its own for each matrix; what Huffman codes of the
 indices would take stands in the results (entropy, bits for each weight).
 For: seeing what learned points are worth beside fixed grids, at the same bits.

@@ -7,8 +7,8 @@ With top_k the k likeliest of p count each by itself and the rest as one outcome
 model that the recipe names; text labels are not used, unless `labels` gives their cross-entropy a share. Zeros that pruning
 made stay zero. The scales of quantized layers learn, and with code_lr their codes too; with generate the teacher writes more
 text to train on, which at two bits keeps the student from learning the calibration text by heart.
-Source: Hinton et al. 2015, arXiv:1503.02531, section 2; forward KL alone as in Minitron, arXiv:2407.14679, section 3; jsd:
-Agarwal et al. 2023, arXiv:2306.13649 (GKD), equation 1.
+Source: Hinton et al. 2015, arXiv:1503.02531, section 2; forward KL alone as in Minitron, arXiv:2407.14679; jsd:
+Agarwal et al. 2023, arXiv:2306.13649 (GKD).
 For: after quantizing or pruning, the largest gain of all at two and three bits; tunes scales, norms, embeddings.
 Costs: training: 16 bytes a parameter and the original beside it.
 """

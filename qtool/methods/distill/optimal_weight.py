@@ -3,7 +3,7 @@
     L = a CE(q, y) + (1 - a) KL(p ‖ q)    p the teacher's prediction, q the student's [tokens, vocab], y the text's next tokens
     phase 1  a = 1 gives predictions A,   phase 2  a = 0 gives B,  on windows that are held out
     a* = <Y - B, A - B> / ‖A - B‖²,  kept within 0 and 1;  phase 3 trains with a*        Y [tokens, vocab] y as one-hot rows
-Source: Borup and Andersen 2021, arXiv:2102.13088, section 4 (equation 9): for kernel ridge regression predictions are linear in
+Source: Borup and Andersen 2021, arXiv:2102.13088: for kernel ridge regression predictions are linear in
 a, and a* is the best. Differs: networks are not, so that a* is a guess there; squares are of probabilities.
 For: students whose teacher is not much better than the text, such as a model's own earlier self.
 Costs: three trainings, and one more model in memory.

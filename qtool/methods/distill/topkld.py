@@ -3,7 +3,8 @@
     L = sum over i in K of p_i (log p_i - log q_i)  +  lam sum over i not in K of q_i (log q_i - log p_i)
     K the `k` likeliest tokens of p    p = softmax(teacher / T), q = softmax(student / T) [tokens, vocab];  times T²
 Source: Ding et al. 2025, arXiv:2501.06218 (Dissecting Bit-Level Scaling Laws in Quantizing Vision Generative Models). Differs:
-its formula was not at hand; this is a reading of its abstract, which balances explicit with implicit knowledge.
+the paper's formula could not be had. Abstract and reviews tell that it balances "explicit" with "implicit knowledge" beside
+forward and reverse KL, with a top-K parameter: this is a reading of that, whose figures are not the paper's.
 For: comparisons at three bits and below; distill/logits is the plain choice.
 Costs: training: 16 bytes a parameter and the original beside it.
 """

@@ -5,7 +5,7 @@
     M [in, in]    plain: I    activation: diag(mean x²)    hessian: mean of x xᵀ    W, W^, E [out, in]
 With M = I the columns of U_r are E's left singular vectors and s its singular values, so this is the paper's truncated SVD,
 each value shared in halves. In general they are those of E M^½, whose best approximation U_r U_rᵀ E M^½ needs no M^-½.
-Source: Yao et al. 2023, arXiv:2303.08302 (ZeroQuant-V2), section 5; weighting: Zhang et al. 2024, arXiv:2410.06040 (QERA).
+Source: Yao et al. 2023, arXiv:2303.08302 (ZeroQuant-V2); weighting: Zhang et al. 2024, arXiv:2410.06040 (QERA).
 How they are found, without M's root or its inverse: linalg/low_rank.py.
 For: what is left of the loss after quantizing, where the runtime runs a low-rank part beside the codes.
 Costs: one decomposition for each linear; 0.03 bits per weight at rank 8 in int8 of a 4096 matrix, two thin products at run

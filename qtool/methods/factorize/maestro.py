@@ -5,7 +5,7 @@
     progressive shrinking: ranks from b on go once ‖U[:, b:]‖ ‖V[:, b:]‖ <= 1e-7
 After `cut` of the steps ranks are cut by budget: the last rank of the linear goes whose ‖u_b‖² ‖v_b‖² for each number it
 holds is least, until the share `keep` of numbers is left; the steps after that train what is left.
-Source: Horvath et al. 2023, arXiv:2308.14929, Algorithm 1 and section 3.3. Differs: the budget's cut comes before the end, so
+Source: Horvath et al. 2023, arXiv:2308.14929. Differs: the budget's cut comes before the end, so
 that training makes up for it; with keep: 1 nothing is cut but what shrinking takes.
 For: ranks that fit each matrix, found while training, where low rank is what the model is to have.
 Costs: one SVD of each matrix; training: 16 bytes for each number of the factors, one dense matrix at a time.

@@ -4,7 +4,7 @@
     start: random   A uniform in ±1/sqrt(in), B zero, S uniform in ±1/sqrt(in), as the paper has it
     start: weights  (alpha / r) B A the best approximation of W of rank r, S what is left of W at its places
 Parameters of a matrix: r (in + out) + density · in · out. The result is merged into ordinary dense weights.
-Source: Han et al. 2024, arXiv:2406.02214, Algorithm 1. Differs: a start at given weights, with places where what is left is
+Source: Han et al. 2024, arXiv:2406.02214. Differs: a start at given weights, with places where what is left is
 largest as a choice; r follows from the share of parameters that `keep` leaves, where rank does not state it.
 For: fewer weights to train from scratch (start: random, labels: 1), or a trained matrix with fewer numbers.
 Costs: one SVD of each matrix; training: 16 bytes for each number that is kept, and one dense matrix at a time.

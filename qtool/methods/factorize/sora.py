@@ -3,7 +3,7 @@
     W^ = W + (alpha / r) B diag(g) A,    g <- sign(g) max(|g| - xi, 0) after every step    W [out, in] stays as it is
     A [r, in], B [out, r], g [r];    B = 0 and g ~ N(0, 1) at first;    xi rises from 0 to its end in `stages`
 Ranks whose gate is zero change nothing, and are counted as gone; those that are left are merged into W.
-Source: Ding et al. 2023, arXiv:2311.11696, sections 3.2 and 3.3. Differs: the threshold is the soft one of the paper's
+Source: Ding et al. 2023, arXiv:2311.11696. Differs: the threshold is the soft one of the paper's
 equation, where the released code also zeroes what is left between xi and 2 xi; the loss is the distance to the original's
 predictions, where `labels` does not ask for the text's.
 For: bringing a compressed model back where few weights may learn; the data say how many ranks each matrix takes.

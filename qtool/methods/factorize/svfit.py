@@ -2,7 +2,7 @@
 
     W^ = W_rest + U_r diag(s) V_rᵀ,    W = U S Vᵀ,  W_rest = W - U_r S_r V_rᵀ,  s = S_r at first
     W [out, in]    r the fewest values that hold `energy` of sum S²    one trained number for each rank
-Source: Sun et al. 2024, arXiv:2409.05926, section 3. Differs: the loss is the distance to the original's predictions, where
+Source: Sun et al. 2024, arXiv:2409.05926. Differs: the loss is the distance to the original's predictions, where
 `labels` does not ask for the text's; r comes from the energy of each matrix, not one r for all.
 For: bringing a pruned or reshaped model back with next to nothing to learn, and so nothing to learn by heart; a rate of 1e-3
 to 1e-2.

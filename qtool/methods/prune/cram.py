@@ -3,8 +3,8 @@
     g = dL(w),   w' = w + rho g,   C(w') its largest weights alone,   g~ = dL(C(w')) on C's places,   step along g + g~
     C: over all chosen linears together the share of a sparsity drawn anew in each step, or with patterns an N:M of them
 The last of the method is the pruning itself, one shot to `sparsity` or `pattern`, after which the model is sparse.
-Source: Peste et al. 2022, arXiv:2207.14200, Algorithm 1 and section 3.3 (CrAM+, with sparse gradients). Differs: AdamW in
-place of SGD; the loss is the distance to the original's predictions; no statistics of batch norms to correct.
+Source: Peste et al. 2022, arXiv:2207.14200 (CrAM+, with sparse gradients). Differs: AdamW in place of SGD; the loss
+is the distance to the original's predictions; no statistics of batch norms to correct.
 For: one model that serves dense, or pruned to several sparsities later; steps=0 is one-shot magnitude pruning.
 Costs: training at twice the time of a plain step, and one more copy of weights and gradients: 24 bytes a parameter.
 """

@@ -2,7 +2,7 @@
 
     influence_l = 1 - mean over tokens of cos(h_l, h_l+1)      loss_l = mean of -log p(token) of the model without block l
     h_l [hidden] what block l is fed    the `drop` blocks of least score go: all at once, or one after the other
-Source: Men et al. 2024, arXiv:2403.03853 (ShortGPT), section 3; by loss: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron),
+Source: Men et al. 2024, arXiv:2403.03853 (ShortGPT); by loss: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron),
 section 2.2. Differs: `iterative` scores those that are left anew after each block that goes.
 For: fewer blocks and so less time a token everywhere; quality falls faster than by width, so train after it.
 Costs: one pass by influence, half of blocks² block passes by loss; times `drop` where iterative.

@@ -3,7 +3,7 @@
     s_t = s (1 - (1 - (t - t_0) / (n dt))³)    at t = t_0, t_0 + dt, ..., t_0 + n dt;  s_t = 0 before,  s after
     mask of a linear: the s_t · in smallest |w| of each output, or with a pattern N:M min(M - N, round(s_t M)) of M neighbours
     W [out, in]    masked weights are zero, and no gradient reaches them
-Source: Zhu and Gupta 2017, arXiv:1710.01878, section 3, equation 1. Differs: starts dense (s_i = 0), compares within each
+Source: Zhu and Gupta 2017, arXiv:1710.01878, equation 1. Differs: starts dense (s_i = 0), compares within each
 output as qtool's other pruners do, and with a pattern drops a neighbour at a time.
 For: high sparsity where there is time to train; every pruned weight's part is taken over before the next goes.
 Costs: training: 16 bytes a parameter and the original beside it; one sort of each matrix every `every` steps.

@@ -1,7 +1,8 @@
 """Magnitude pruning: of each output channel, or of each linear, the weights of smallest magnitude become zero.
 
     score S_ij = |W_ij|      W, S [out, in], compared within a row, all together, or within M neighbours of a row
-Source: Han et al. 2015, arXiv:1506.02626, section 3. Differs: a threshold per row unless compare: linear; no retraining.
+Source: Han et al. 2015, arXiv:1506.02626. Differs: a threshold per row unless compare: linear, which with
+densities: magnitude is one threshold for all linears together; no retraining.
 For: a baseline, and before long training.
 Costs: seconds, no calibration.
 """
@@ -13,11 +14,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.sparsity import SparsitySelection, choose, count, smallest
+from qtool.formats.sparsity import SharedSparsity, choose, count, smallest
 from qtool.registry import Method
 
 
-class MagnitudeOptions(SparsitySelection):
+class MagnitudeOptions(SharedSparsity):
     """Which weights are compared with each other."""
 
     compare: Literal["output", "linear"] = Field(

@@ -4,7 +4,7 @@
     chosen: the one of least KL from the model as it is, each cut by importance; scored on the first 16 windows, not trained
 Blocks go by influence, units by activation (see prune/depth and prune/width). Neurons, the finest axis, take up what the other
 sizes leave of the budget.
-Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.4. Differs: candidates are scored without the light
+Source: Muralidharan et al. 2024, arXiv:2407.14679 (Minitron), section 2.3. Differs: candidates are scored without the light
 retraining, which ranks some of them anew; put distill after the step.
 For: a target size where the best split between depth and width is not known.
 Costs: two passes over the text; for each candidate, writing it and a pass over 16 windows.

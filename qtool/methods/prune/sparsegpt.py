@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.calibration.statistics import LayerStats
-from qtool.formats.sparsity import SparsitySelection, check_columns, choose_block
+from qtool.formats.sparsity import SharedSparsity, check_columns, choose_block
 from qtool.linalg.hessian import inverse_factor
 from qtool.linalg.sweep import sweep
 from qtool.options import Sequential
@@ -26,7 +26,7 @@ from qtool.registry import Method
 BLOCK = 128  # columns whose unstructured mask is chosen at once; the paper's B_s
 
 
-class SparseGptOptions(SparsitySelection, Sequential):
+class SparseGptOptions(SharedSparsity, Sequential):
     """Options of SparseGPT."""
 
     damp: float = Field(0.01, gt=0, le=1, description="share of mean(diag H) added to it; raised where too little")

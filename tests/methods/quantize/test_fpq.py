@@ -189,7 +189,7 @@ def test_a_linears_own_formats_are_what_its_layer_runs_with_and_what_is_stored(t
     stats = LayerStats(64, ("sample",))
     stats.update(torch.randn(50, 64, generator=torch.Generator().manual_seed(0)))
     options = FpqOptions.model_validate({"scheme": "e3m0-ae3m0"})
-    change_linears(block, names, stats, registry.load("quantize/fpq"), options, work, {})
+    change_linears(block, names, stats, registry.load("quantize/fpq"), options, work, {}, {})
     for name in names:
         layer, stored = block.get(name), work.changes[f"{name}.weight"]
         assert isinstance(layer, QuantLinear) and layer.activations is not None and isinstance(stored, tuple)
