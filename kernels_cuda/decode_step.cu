@@ -41,21 +41,23 @@ decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const u
 
   auto load = [&](S& stage, int block) {
     if (block >= end) return;
+    // Addresses are those of the first tile and how far the others lie from it, for one of each would take registers.
+    const uint32_t* place = codes + (static_cast<size_t>(first_tile) * n_blocks + block) * (32 * L::WORDS);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      size_t place = (static_cast<size_t>(first_tile + n) * n_blocks + block) * (32 * L::WORDS);
-      load_words<FORMAT>(stage.q[n], codes + place, lane);
-    }
+    for (int n = 0; n < NT; n++)
+      load_words<FORMAT>(stage.q[n], place + static_cast<unsigned>(n * n_blocks * 32 * L::WORDS), lane);
 #pragma unroll
     for (int span = 0; span < S::SPANS; span++) {
       // The last block may reach beyond the inputs, where x is zero and any scale will do.
       int group = SCALE == E4M3 ? block : (block * L::BLOCK + span * SPAN) >> group_shift;
       group = group < n_groups ? group : n_groups - 1;
+      const int index = (group * n_tiles + first_tile) * 8 + g;
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        int index = (group * n_tiles + first_tile + n) * 8 + g;
-        stage.scale[n][span] = load_scale<SCALE>(scale, SCALE == E4M3 ? 2 * index + t / 2 : index);
-        if constexpr (ZERO) stage.zero[n][span] = ptx::load4(reinterpret_cast<const uint32_t*>(zero) + index);
+        constexpr int STEP = SCALE == BFLOAT ? 8 : 16;  // words of a tile
+        const uint32_t* scales = static_cast<const uint32_t*>(scale) + STEP * n;
+        stage.scale[n][span] = load_scale<SCALE>(scales, SCALE == E4M3 ? 2 * index + t / 2 : index);
+        if constexpr (ZERO) stage.zero[n][span] = ptx::load4(reinterpret_cast<const uint32_t*>(zero) + index + 8 * n);
       }
     }
 #pragma unroll

@@ -59,11 +59,20 @@ OUT, BLOCK = 128, 128  # of a block of int8_product: outputs, and inputs that it
 TILES = {16: (1, 4), 64: (4, 3), 1 << 31: (8, 3)}
 
 
-def every_template() -> dict[str, list[str]]:
-    """All that can be launched, by file."""
-    products = [f"int8_product<{name}, {tiles}, {stages}>" for name in ELEMENTS.values() for tiles, stages in TILES.values()]
-    flags = [(a, b) for a in ("false", "true") for b in ("false", "true")]
-    return {"int8.cu": products + [f"quantize_tokens<{name}, {a}, {b}>" for name in ELEMENTS.values() for a, b in flags]}
+def every_template() -> dict[str, dict[str, int | None]]:
+    """All that can be launched, by file, with the dynamic shared bytes of a block; None where these depend on the inputs."""
+    names, flags = ELEMENTS.values(), ("false", "true")
+    products: dict[str, int | None] = {
+        f"int8_product<{name}, {tiles}, {stages}>": _product_shared(tiles, stages)
+        for name in names
+        for tiles, stages in TILES.values()
+    }
+    rounding = {f"quantize_tokens<{name}, {a}, {b}>": None for name in names for a in flags for b in flags}
+    return {"int8.cu": products | rounding}
+
+
+def _product_shared(tiles: int, stages: int) -> int:
+    return max(stages * (OUT + 16 * tiles) * BLOCK, 4 * (16 * tiles * (OUT + 4) + 1))  # w and x; sums, and a flag
 
 
 def product_launch(
@@ -81,13 +90,12 @@ def product_launch(
 ) -> Launch:
     """The launch into y [tokens, out], with inputs split over n_splits blocks; partial as `partial_sums` says, int32."""
     tiles, stages = _tiles_of(len(xq))
-    shared = max(stages * (OUT + 16 * tiles) * BLOCK, 4 * (16 * tiles * (OUT + 4) + 1))
     return Launch(
         "int8.cu",
         f"int8_product<{ELEMENTS[y.dtype]}, {tiles}, {stages}>",
         (-(-len(wq) // OUT), n_splits, -(-len(xq) // (16 * tiles))),
         128,
-        shared,
+        _product_shared(tiles, stages),
         (xq, wq, x_scale, w_scale, bias, x_zero, w_colsum, y, partial, count, len(xq), len(wq), xq.shape[1]),
     )
 

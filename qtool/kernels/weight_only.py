@@ -214,22 +214,27 @@ def traits_of(dtype: torch.dtype, packed: PackedWeight) -> Traits:
     return Traits(dtype, packed.bits, packed.table is not None, packed.scale.dtype, packed.zero is not None, span)
 
 
-def every_template() -> dict[str, list[str]]:
-    """All that can be launched, by file."""
+def every_template() -> dict[str, dict[str, int]]:
+    """All that can be launched, by file, with the dynamic shared bytes of a block."""
     scales = [(dtype, zero, span) for dtype in (torch.bfloat16, torch.float32) for zero in (False, True) for span in (32, 64)]
     weights = [(bits, False, *scale) for bits in BITS for scale in scales]
     weights += [(TABLE_BITS, True, *scale) for scale in [*scales, (torch.uint8, False, 64)]]
     traits = [Traits(dtype, *weight) for dtype in (torch.float16, torch.bfloat16) for weight in weights]
     return {
-        "decode_step.cu": [_step_template(each, n) for each in traits for n in (1, 2)],
-        "batch.cu": [_batch_template(each) for each in traits],
-        "dequantize.cu": [f"dequantize<{each}>" for each in traits if each.span == 64],
+        "decode_step.cu": {_step_template(each, n): _step_shared(each.bits, n) for each in traits for n in (1, 2)},
+        "batch.cu": {_batch_template(each): _batch_shared(each) for each in traits},
+        "dequantize.cu": {f"dequantize<{each}>": 0 for each in traits if each.span == 64},
     }
 
 
 def _step_template(traits: Traits, n_token_tiles: int) -> str:
     tiles, depth = STEP_TILES[traits.bits][n_token_tiles - 1]
     return f"decode_step<{traits}, {traits.span}, {tiles}, {n_token_tiles}, {depth}>"
+
+
+def _step_shared(bits: int, n_token_tiles: int) -> int:
+    tiles, _ = STEP_TILES[bits][n_token_tiles - 1]
+    return 4 * (WARPS * 8 * n_token_tiles * (16 * tiles + 4) + 1)  # sums of each warp, and a flag
 
 
 def _batch_tiles(traits: Traits) -> tuple[int, int, int]:
@@ -239,6 +244,12 @@ def _batch_tiles(traits: Traits) -> tuple[int, int, int]:
 def _batch_template(traits: Traits) -> str:
     tiles, depth, stages = _batch_tiles(traits)
     return f"batch<{traits}, {traits.span}, {tiles}, {depth}, {stages}>"
+
+
+def _batch_shared(traits: Traits) -> int:
+    tiles, _, stages = _batch_tiles(traits)
+    tokens = 16 * tiles
+    return max(2 * stages * tokens * BLOCK[traits.bits], 4 * (tokens * (BATCH_OUT + 4) + 1))  # x; sums, and a flag
 
 
 def product_launch(
@@ -257,11 +268,9 @@ def product_launch(
         *(len(x), packed.shape[0], x.shape[1], n_blocks, n_tiles, *_groups_of(packed), packed.alpha),
     )
     if len(x) <= FEW:
-        shared = WARPS * tokens * (out + 4) + 1
-        return Launch("decode_step.cu", _step_template(traits, tokens // 8), grid, 32 * WARPS, 4 * shared, arguments)
-    _, _, stages = _batch_tiles(traits)
-    shared = max(2 * stages * tokens * BLOCK[packed.bits], 4 * (tokens * (out + 4) + 1))
-    return Launch("batch.cu", _batch_template(traits), grid, BATCH_THREADS, shared, arguments)
+        n = tokens // 8
+        return Launch("decode_step.cu", _step_template(traits, n), grid, 32 * WARPS, _step_shared(traits.bits, n), arguments)
+    return Launch("batch.cu", _batch_template(traits), grid, BATCH_THREADS, _batch_shared(traits), arguments)
 
 
 def dequantize_launch(packed: PackedWeight, w: Tensor) -> Launch:

@@ -213,8 +213,8 @@ def test_inputs_are_split_over_no_more_blocks_than_there_is_work(processors: int
 MUTANTS = {
     "a barrier is gone": ("2 * t, g);\n  __syncthreads();", "2 * t, g);"),
     "scale and zero are swapped": (
-        "stage.scale[n][span] = load_scale<SCALE>(scale,",
-        "stage.zero[n][span] = ptx::load4((const uint32_t*)scale + index); stage.scale[n][span] = load_scale<SCALE>(zero,",
+        "Levels levels{};",
+        "Levels levels{}; const void* kept = scale; scale = zero; zero = static_cast<const uint16_t*>(kept);",
     ),
     "rows g and g + 8 are swapped": ("r ? stored.bits[0] & 0xFFFF0000", "!r ? stored.bits[0] & 0xFFFF0000"),
     "a tile off by one": ("first_tile = blockIdx.x * NT;", "first_tile = blockIdx.x * NT + 1;"),
