@@ -1,11 +1,12 @@
 """What is known to fail before any weight is loaded, and what a recipe will make of a model's linears."""
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
+from qtool.calibration.tokens import TextSource
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.attention import AttentionRounding
@@ -17,8 +18,12 @@ from qtool.model.shape import smaller
 from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
-from qtool.recipe import Recipe, Step
-from qtool.report.gates import read_rows
+from qtool.recipe import CHANGING, Gate, Recipe, Step
+from qtool.report.gates import check_baseline
+
+# Options of evaluate steps that leave a metric what it is: what else is measured, and how it is computed and written. How many
+# documents a limit left is compared with the results.
+BESIDE = {"tasks", "include_path", "limit", "batch_size", "log_samples", "top_k"}
 
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
@@ -31,9 +36,29 @@ def check_recipe(recipe: Recipe) -> ModelHandle:
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     for gate in recipe.gates:
-        if gate.baseline is not None and gate.metric not in {row["name"] for row in read_rows(Path(gate.baseline.results))}:
-            raise QtoolError(f"gates: {gate.metric}: baseline {gate.baseline.results} has no such metric")
+        check_gate(gate, recipe.steps)
     return model
+
+
+def check_gate(gate: Gate, steps: Sequence[Step]) -> None:
+    """Raise QtoolError for a gate that could not be judged in the end: on a dataset or a change that no step gives, or over a
+    stored run that measured something else.
+    """
+    measuring = [step for step in steps if step.method.kind == "evaluate" and measures(step, gate.metric)]
+    sources = {step.options.source for step in measuring if isinstance(step.options, TextSource)}
+    if gate.dataset is not None and gate.dataset not in sources:
+        if all(isinstance(step.options, TextSource) for step in measuring):  # others name their datasets themselves
+            raise QtoolError(f'gates: {gate.metric}: no step measures it on "{gate.dataset}"{nearest(gate.dataset, sources)}')
+    if not any(step.method.kind == "export" or step.method.kind in CHANGING for step in steps):
+        raise QtoolError(f"gates: {gate.metric}: gates judge what changed, and no step changes or exports the model")
+    if gate.baseline is not None:
+        own = [(step.key, step.options.model_dump(mode="json", exclude=BESIDE)) for step in measuring]
+        check_baseline(gate, [one for one in own if gate.dataset in (None, one[1].get("source"))])
+
+
+def measures(step: Step, metric: str) -> bool:
+    """Whether an evaluate step may give a metric of that name; of one that does not say what it measures, yes."""
+    return step.method.measures is None or any(fnmatch.fnmatchcase(metric, name) for name in step.method.measures)
 
 
 def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:
