@@ -21,10 +21,6 @@ from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import CHANGING, Gate, Recipe, Step
 from qtool.report.gates import check_baseline
 
-# Options of evaluate steps that leave a metric what it is: what else is measured, and how it is computed and written. How many
-# documents a limit left is compared with the results.
-BESIDE = {"tasks", "include_path", "limit", "batch_size", "log_samples", "top_k"}
-
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
@@ -44,21 +40,25 @@ def check_gate(gate: Gate, steps: Sequence[Step]) -> None:
     """Raise QtoolError for a gate that could not be judged in the end: on a dataset or a change that no step gives, or over a
     stored run that measured something else.
     """
-    measuring = [step for step in steps if step.method.kind == "evaluate" and measures(step, gate.metric)]
-    sources = {step.options.source for step in measuring if isinstance(step.options, TextSource)}
-    if gate.dataset is not None and gate.dataset not in sources:
-        if all(isinstance(step.options, TextSource) for step in measuring):  # others name their datasets themselves
-            raise QtoolError(f'gates: {gate.metric}: no step measures it on "{gate.dataset}"{nearest(gate.dataset, sources)}')
+    measuring = check_measured(f"gates: {gate.metric}", gate.metric, gate.dataset, steps)
     if not any(step.method.kind == "export" or step.method.kind in CHANGING for step in steps):
         raise QtoolError(f"gates: {gate.metric}: gates judge what changed, and no step changes or exports the model")
     if gate.baseline is not None:
-        own = [(step.key, step.options.model_dump(mode="json", exclude=BESIDE)) for step in measuring]
+        own = [(step.key, step.options.model_dump(mode="json")) for step in measuring]
         check_baseline(gate, [one for one in own if gate.dataset in (None, one[1].get("source"))])
 
 
-def measures(step: Step, metric: str) -> bool:
-    """Whether an evaluate step may give a metric of that name; of one that does not say what it measures, yes."""
-    return step.method.measures is None or any(fnmatch.fnmatchcase(metric, name) for name in step.method.measures)
+def check_measured(where: str, metric: str, dataset: str | None, steps: Sequence[Step]) -> list[Step]:
+    """The evaluate steps that may give a metric; raises QtoolError, which begins with `where`, if none does on that dataset."""
+    patterns = {step.key: step.method.measures or ("*",) for step in steps if step.method.kind == "evaluate"}
+    found = [step for step in steps if any(fnmatch.fnmatchcase(metric, name) for name in patterns.get(step.key, ()))]
+    if not found:
+        known = [name for names in patterns.values() for name in names]
+        raise QtoolError(f'{where}: no evaluate step measures "{metric}"{nearest(metric, known)}')
+    sources = {step.options.source for step in found if isinstance(step.options, TextSource)}
+    if dataset is not None and dataset not in sources and all(isinstance(step.options, TextSource) for step in found):
+        raise QtoolError(f'{where}: no step measures it on "{dataset}"{nearest(dataset, sources)}')  # others name it themselves
+    return found
 
 
 def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:

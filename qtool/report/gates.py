@@ -20,7 +20,7 @@ import yaml
 from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error
 from qtool.recipe import Gate
-from qtool.report.results import are_paired
+from qtool.report.results import are_paired, option_differences
 
 Row = dict[str, Any]
 
@@ -116,16 +116,10 @@ def check_baseline(gate: Gate, measuring: Sequence[tuple[str, Row]]) -> None:
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise QtoolError(f"gates: baseline: {recipe} is not what qtool run writes as recipe.yaml: {error}") from error
     for key, own in measuring:
-        others = [_differences(own, given) for name, given in stored if name == key]
+        others = [option_differences(own, given) for name, given in stored if name == key]
         if others and all(others):
             said = "; ".join(min(others, key=len))
             raise QtoolError(f"gates: {gate.metric}: baseline {path} measured it by other options of {key}: {said}")
-
-
-def _differences(own: Row, stored: Row) -> list[str]:
-    """Options that have another value in a stored run; those that only one of the two versions of a method has do not count."""
-    both = own.keys() & stored.keys()
-    return [f"{name} is {stored[name]} there, {own[name]} here" for name in sorted(both) if own[name] != stored[name]]
 
 
 def find_baseline(gate: Gate, row: Row) -> Row:

@@ -1,6 +1,7 @@
 """What a recipe will make of a model, known before any weight is loaded: exports that cannot hold it refuse at once."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,8 +112,8 @@ PERPLEXITY = {"source": "demo:test", "samples": 3, "length": 16}
     [
         ({"max": 9, "dataset": "demo:tset"}, 'no step measures it on "demo:tset"; did you mean "demo:test"?'),
         ({"baseline": {"results": "none/results.json", "max_drop": 0}}, "the file none/results.json does not exist"),
-        ({"baseline": {"results": "STORED", "max_drop": 0}}, "measured it by other options of evaluate/perplexity: length is 16"),
-        ({"dataset": "demo:test", "baseline": {"results": "ELSEWHERE", "max_drop": 0}}, 'baseline .* has none on "demo:test"'),
+        ({"baseline": {"results": "STORED", "max_drop": 0}}, "by other options of evaluate/perplexity: length is 16, here 24"),
+        ({"dataset": "demo:test", "baseline": {"results": "ELSEWHERE", "max_drop": 0}}, 'has none on "demo:test"'),
     ],
 )
 def test_a_gate_that_could_not_be_judged_is_refused_before_any_work(
@@ -134,7 +135,7 @@ def test_a_gate_that_could_not_be_judged_is_refused_before_any_work(
     for name in ("stored", "elsewhere"):
         text = text.replace(name.upper(), str(tmp_path / name / "results.json"))
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(QtoolError, match=f"gates: (perplexity|baseline): .*{refused}"):
+    with pytest.raises(QtoolError, match=f"gates: (perplexity|baseline): .*{re.escape(refused)}"):
         run_recipe(load(tmp_path / "r.yaml"), tmp_path / "out", Silent())
     assert not (tmp_path / "out").exists()
     with pytest.raises(QtoolError, match="no step changes or exports the model"):
