@@ -1,11 +1,12 @@
 """What is known to fail before any weight is loaded, and what a recipe will make of a model's linears."""
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
+from qtool.calibration.tokens import TextSource
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.attention import AttentionRounding
@@ -17,8 +18,8 @@ from qtool.model.shape import smaller
 from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
 from qtool.pipeline.search import check_covered, check_search
-from qtool.recipe import Recipe, Step
-from qtool.report.gates import read_rows
+from qtool.recipe import CHANGING, Gate, Recipe, Step
+from qtool.report.gates import check_baseline
 
 
 def check_recipe(recipe: Recipe) -> ModelHandle:
@@ -31,9 +32,33 @@ def check_recipe(recipe: Recipe) -> ModelHandle:
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     for gate in recipe.gates:
-        if gate.baseline is not None and gate.metric not in {row["name"] for row in read_rows(Path(gate.baseline.results))}:
-            raise QtoolError(f"gates: {gate.metric}: baseline {gate.baseline.results} has no such metric")
+        check_gate(gate, recipe.steps)
     return model
+
+
+def check_gate(gate: Gate, steps: Sequence[Step]) -> None:
+    """Raise QtoolError for a gate that could not be judged in the end: on a dataset or a change that no step gives, or over a
+    stored run that measured something else.
+    """
+    measuring = check_measured(f"gates: {gate.metric}", gate.metric, gate.dataset, steps)
+    if not any(step.method.kind == "export" or step.method.kind in CHANGING for step in steps):
+        raise QtoolError(f"gates: {gate.metric}: gates judge what changed, and no step changes or exports the model")
+    if gate.baseline is not None:
+        own = [(step.key, step.options.model_dump(mode="json")) for step in measuring]
+        check_baseline(gate, [one for one in own if gate.dataset in (None, one[1].get("source"))])
+
+
+def check_measured(where: str, metric: str, dataset: str | None, steps: Sequence[Step]) -> list[Step]:
+    """The evaluate steps that may give a metric; raises QtoolError, which begins with `where`, if none does on that dataset."""
+    patterns = {step.key: step.method.measures or ("*",) for step in steps if step.method.kind == "evaluate"}
+    found = [step for step in steps if any(fnmatch.fnmatchcase(metric, name) for name in patterns.get(step.key, ()))]
+    if not found:
+        known = [name for names in patterns.values() for name in names]
+        raise QtoolError(f'{where}: no evaluate step measures "{metric}"{nearest(metric, known)}')
+    sources = {step.options.source for step in found if isinstance(step.options, TextSource)}
+    if dataset is not None and dataset not in sources and all(isinstance(step.options, TextSource) for step in found):
+        raise QtoolError(f'{where}: no step measures it on "{dataset}"{nearest(dataset, sources)}')  # others name it themselves
+    return found
 
 
 def check_step(step: Step, model: ModelHandle, search: Step | None = None) -> None:

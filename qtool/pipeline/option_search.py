@@ -23,10 +23,11 @@ from pydantic import Field, model_validator
 from qtool.errors import QtoolError
 from qtool.model.store import write_text
 from qtool.options import Options
+from qtool.pipeline.checks import check_measured
 from qtool.pipeline.run import run_recipe
 from qtool.pipeline.sweep import Trial, make_trials
 from qtool.progress import Progress, Silent
-from qtool.recipe import read_options
+from qtool.recipe import Step, read_options
 from qtool.report.comparison import COSTS, Run, choose_metric, read_run
 
 Row = dict[str, Any]  # an entry of search.json
@@ -72,8 +73,21 @@ def read_search(path: Path) -> SearchFile:
     for name, values in options.space.items():
         for value in values.choice or (values.low, values.high):
             chosen[f"{name}={value}"] = {name: value}
-    make_trials(path.parent / options.extends, chosen)
+    for trial in make_trials(path.parent / options.extends, chosen):
+        for name in options.objectives:
+            check_objective(name, trial.recipe.steps)
     return options
+
+
+def check_objective(name: str, steps: Sequence[Step]) -> None:
+    """Raise QtoolError for an objective that no run of these steps will have."""
+    metric, _, dataset = ("tokens_per_second", "", "") if name == "ms_per_token" else name.partition("@")
+    if metric not in COSTS:
+        costs = ", ".join(COSTS)
+        try:
+            check_measured(f"objectives: {name}", metric, dataset or None, steps)
+        except QtoolError as error:
+            raise QtoolError(f"{error}; costs: {costs}") from error
 
 
 def run_option_search(options: SearchFile, recipe: Path, out: Path, progress: Progress) -> list[Row]:

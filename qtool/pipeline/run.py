@@ -57,7 +57,7 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress, fresh: bool = Fals
     folder = RunFolder(out)
     with together() as ranks:
         if ranks.is_first:
-            folder.open({"recipe": recipe.digest, "model": digest_model(original)}, fresh)
+            folder.open({"recipe": recipe.work_digest, "model": digest_model(original)}, fresh)
             write_text(out / "recipe.yaml", recipe.to_yaml())
             folder.event("begun", steps=[step.key for step in recipe.steps])
         ranks.wait()

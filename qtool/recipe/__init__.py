@@ -17,7 +17,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -158,6 +158,11 @@ class Recipe:
     def digest(self) -> str:
         """SHA-256 of the resolved content; the order of keys counts, because the first matching pattern wins."""
         return hashlib.sha256(json.dumps(self.resolved()).encode()).hexdigest()
+
+    @property
+    def work_digest(self) -> str:
+        """As `digest`, without the gates: a run's steps do not depend on them, so that they may change between two calls."""
+        return replace(self, gates=()).digest
 
 
 class _Document(Options):

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,7 +20,7 @@ from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error, is_significant
 from qtool.report.charts import pairs, scatter, spread
 from qtool.report.page import Cell, Row, number, table, write_page
-from qtool.report.results import are_paired
+from qtool.report.results import are_paired, option_differences
 
 SAME = 1e-3  # relative
 COSTS = {  # field of a run: in words
@@ -43,7 +42,7 @@ class Run:
     results: Row
     metrics: dict[str, dict[Key, Row]]
     parts: dict[tuple[str, str, str], list[float]]  # name, dataset, subject: what each window contributes
-    evaluations: list[Any] | None  # the evaluate steps with their options, as far as the recipe is there
+    evaluations: list[tuple[str, Row]]  # the evaluate steps with their options, as far as the recipe is there
 
     @property
     def costs(self) -> dict[str, float]:
@@ -69,12 +68,13 @@ def read_run(path: Path) -> Run:
         paired = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else []
         parts = {(one["name"], one["dataset"], one["subject"]): one["parts"] for one in paired}
         recipe = file.with_name("recipe.yaml")
-        steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["pipeline"] if recipe.is_file() else None
-        evaluations = None if steps is None else [step for step in steps if next(iter(step)).startswith("evaluate/")]
+        steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["pipeline"] if recipe.is_file() else []
+        stated = [(key, options or {}) for step in steps for key, options in step.items()]
+        evaluations = [(key, options) for key, options in stated if key.startswith("evaluate/")]
         name = file.resolve().parent.name if file.name == "results.json" else file.stem
         run = Run(name, file.parent, results, metrics, parts, evaluations)
         assert run.costs.keys() <= COSTS.keys()
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise QtoolError(f"{file} is not what qtool run writes as results.json: {error}") from error
     return run
 
@@ -114,9 +114,11 @@ def differences(first: Run, other: Run) -> list[str]:
         n, m = (rows[key].get("n_units") for rows in (before, after))
         if n and m and n != m:
             found.append(f"{other.name}: {key[0]} on {key[1]} is of {m} windows or documents, in {first.name} of {n}")
-    asked = [run.evaluations for run in (first, other)]
-    if None not in asked and asked[0] != asked[1] and not found:
-        found.append(f"{other.name}: its evaluate steps are not those of {first.name}, as recipe.yaml has them")
+    for key, own in other.evaluations:
+        same = (given for name, given in first.evaluations if (name, given.get("source")) == (key, own.get("source")))
+        there = [option_differences(own, given) for given in same]
+        if there and all(there) and not found:
+            found.append(f"{other.name}: {key} has other options in {first.name}: {'; '.join(min(there, key=len))}")
     return sorted(found)
 
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qtool.errors import QtoolError, nearest
 from qtool.linalg.contributions import difference_error
 from qtool.recipe import Gate
-from qtool.report.results import are_paired
+from qtool.report.results import are_paired, option_differences
 
 Row = dict[str, Any]
 
@@ -49,7 +51,7 @@ def _check(gate: Gate, rows: Sequence[Row]) -> Iterator[Row]:
                     raise QtoolError(f"gates: {gate.metric}: {limit}: the original has none; use max or min")
             yield _judge(gate, row, limit, stated, before, "original" if before else None)
         if gate.baseline is not None:
-            before = find_baseline(gate, row["subject"], row["dataset"])
+            before = find_baseline(gate, row)
             for limit, stated in gate.baseline.limits().items():
                 yield _judge(gate, row, limit, stated, before, gate.baseline.results)
 
@@ -94,15 +96,47 @@ def _judge(gate: Gate, row: Row, limit: str, stated: float | str, before: Row | 
     }
 
 
-def find_baseline(gate: Gate, subject: str, dataset: str) -> Row:
-    """The baseline's row of a gate's metric, with its parts where paired.json has them; raises QtoolError where it has none."""
+def check_baseline(gate: Gate, measuring: Sequence[tuple[str, Row]]) -> None:
+    """Raise QtoolError, before any work, where a gate's stored run lacks its metric, or measured it by other options.
+
+    measuring: key and options of the steps that measure it here; those of the stored run stand in recipe.yaml beside it.
+    """
     assert gate.baseline is not None, "a gate with a baseline"
     path = Path(gate.baseline.results)
+    rows = [row for row in read_rows(path) if row["name"] == gate.metric]
+    if not rows:
+        raise QtoolError(f"gates: {gate.metric}: baseline {path} has no such metric")
+    if gate.dataset is not None and not any(row["dataset"] == gate.dataset for row in rows):
+        raise QtoolError(f'gates: {gate.metric}: baseline {path} has none on "{gate.dataset}"')
+    recipe = path.with_name("recipe.yaml")
+    if not recipe.is_file():
+        return
+    try:
+        stored = [(key, given or {}) for step in yaml.safe_load(_read(recipe))["pipeline"] for key, given in step.items()]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise QtoolError(f"gates: baseline: {recipe} is not what qtool run writes as recipe.yaml: {error}") from error
+    for key, own in measuring:
+        others = [option_differences(own, given) for name, given in stored if name == key]
+        if others and all(others):
+            said = "; ".join(min(others, key=len))
+            raise QtoolError(f"gates: {gate.metric}: baseline {path} measured it by other options of {key}: {said}")
+
+
+def find_baseline(gate: Gate, row: Row) -> Row:
+    """The baseline's row of the same metric, dataset and subject, with its parts where paired.json has them.
+
+    Raises QtoolError where it has none, or one of another number of windows.
+    """
+    assert gate.baseline is not None, "a gate with a baseline"
+    path, subject, dataset = Path(gate.baseline.results), row["subject"], row["dataset"]
     rows = [row for row in read_rows(path) if row["name"] == gate.metric and row.get("part") == gate.part]
     found = [row for row in rows if (row["subject"], row["dataset"]) == (subject, dataset)]
     if not found:
         there = sorted({f"{row['subject']} on {row['dataset']}" for row in rows}) or ["nothing of that name"]
         raise QtoolError(f"gates: {gate.metric}: baseline {path} has none of {subject} on {dataset}; it has {', '.join(there)}")
+    n, known = row.get("n_units"), found[0].get("n_units")
+    if n and known and n != known:
+        raise QtoolError(f"gates: {gate.metric}: baseline {path} is of {known} windows or documents, this run of {n}")
     parts = None
     paired = path.with_name("paired.json")
     if gate.part is None and paired.is_file():
@@ -124,9 +158,16 @@ def read_rows(path: Path) -> list[Row]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
         raise QtoolError(f"gates: baseline: {path} is no valid JSON: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QtoolError(f"gates: baseline: {path} cannot be read: {error}") from error
 
 
 def _what_is_there(gate: Gate, rows: Sequence[Row]) -> str:

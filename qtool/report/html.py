@@ -49,9 +49,7 @@ def _sections(results: Row, distributions: Sequence[Row]) -> Iterator[str]:
     if results["breakdown"]:
         yield "<h2>Parts of the text</h2>" + _breakdown(results["breakdown"])
     if results["gates"]:
-        said = {True: "passed", False: "FAILED"}
-        gates = [(said[g["passed"]], g["metric"], g["subject"], g["limit"], g["allowed"], g["value"]) for g in results["gates"]]
-        yield "<h2>Gates</h2>" + table(("", "metric", "subject", "limit", "allowed", "value"), gates)
+        yield "<h2>Gates</h2>" + _gates(results["gates"])
     if results["fallbacks"]:
         texts = [(text,) for text in results["fallbacks"]]
         yield f"<h2 class='bad'>Fallbacks: {len(texts)}</h2>" + table(("what did less than asked",), texts)
@@ -85,7 +83,8 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
     for (name, dataset, unit), rows in metrics.items():
         if name == "perplexity":
             changes = metrics.get(("perplexity_change", dataset, "fraction"), {})
-            notes = [f"{subject}: {row['value']:+.2%}{_error(row, '.2%')}" for subject, row in changes.items()]
+            chance = {subject: ", no significant change" for subject, row in rows.items() if row["is_significant"] is False}
+            notes = [f"{who}: {row['value']:+.2%}{_error(row, '.2%')}{chance.get(who, '')}" for who, row in changes.items()]
             yield f"Perplexity, {dataset}", " → ".join(number(row["value"]) for row in rows.values()), notes
         elif name == "kl_divergence" and (changed := [subject for subject in rows if subject != "original"]):
             notes = [f"{unit}, {changed[0]}", *(f"{subject}: {_with_error(rows[subject])}" for subject in changed[1:])]
@@ -98,7 +97,9 @@ def _headline(results: Row, metrics: dict[tuple[str, str, str], dict[str, Row]])
     before, after = model["bytes_original"], model["bytes_compressed"]
     notes = [f"{before / max(after, 1):.2f}× smaller, {parameters_in_words(model)}"]
     yield "Size", f"{before / 2**20:,.1f} → {after / 2**20:,.1f} MiB", notes
-    yield "Bits per weight", f"{model['bits_per_weight']:.3f}", ["of the quantized weights, with their scales"]
+    is_quantized = any(row["scheme"] is not None for row in results["blocks"])
+    of = "of the quantized weights, with their scales" if is_quantized else "of all weights, as they are stored"
+    yield "Bits per weight", f"{model['bits_per_weight']:.3f}", [of]
     if model.get("cache") is not None:
         yield "Cache", model["cache"], ["keys and values, as every figure of the compressed model has them"]
     if model.get("attention") is not None:
@@ -141,12 +142,24 @@ def _breakdown(rows: Sequence[Row]) -> str:
     return choice("By part:", choices)
 
 
+def _gates(gates: Sequence[Row]) -> str:
+    """What each gate held to what."""
+    rows: list[tuple[Cell, ...]] = []
+    for gate in gates:
+        said, where = "passed" if gate["passed"] else "FAILED", f"{gate['subject']} on {gate['dataset']}"
+        where += "" if gate["part"] is None else f", {gate['part']}"
+        errors = None if gate["significance"] is None else f"{gate['significance']:g} × {number(gate['margin_stderr'])}"
+        numbers = (gate["allowed"], gate["value"], errors)
+        rows.append((said, gate["metric"], where, gate["limit"], gate["against"], *numbers))
+    return table(("", "metric", "of", "limit", "compared with", "allowed", "value", "but for chance of"), rows)
+
+
 def _samples(samples: list[Row]) -> str:
     """What each subject wrote after the same prompt, side by side."""
     parts = ""
     for row in samples:
         texts = "".join(f"<blockquote><b>{escape(who)}</b>{escape(text)}</blockquote>" for who, text in row["texts"].items())
-        parts += f"<p><b>{escape(row['prompt'])}</b></p><div class='pair'>{texts}</div>"
+        parts += f"<p class='prompt'><b>{escape(row['prompt'])}</b></p><div class='pair'>{texts}</div>"
     return parts
 
 

@@ -50,6 +50,7 @@ i { display: inline-block; width: 1.2rem; margin-right: .35rem; vertical-align: 
 select { font: inherit; max-width: 100%; padding: .2rem; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: .3rem; }
 blockquote { margin: 0; padding: .6rem .8rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
 blockquote b { display: block; color: var(--soft); font-size: .8rem; }
 @media print { .scroll { max-height: none; } }
 """

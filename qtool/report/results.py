@@ -47,6 +47,20 @@ PACKAGES = (
 )
 
 
+# Options of evaluate steps that leave a metric what it is: what else is measured, and how it is computed and written. How many
+# documents a limit left stands in n_units.
+BESIDE = {"tasks", "include_path", "limit", "batch_size", "log_samples", "top_k"}
+
+
+def option_differences(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What makes the figures of one evaluate step, by its options in two runs, say nothing about each other.
+
+    Options that only one of them has do not count: they are of another version of the method.
+    """
+    both = (own.keys() & other.keys()) - BESIDE
+    return [f"{name} is {other[name]}, here {own[name]}" for name in sorted(both) if own[name] != other[name]]
+
+
 def metric_row(metric: Metric, subject: str) -> dict[str, Any]:
     """One entry of `metrics` or `breakdown`, before it is compared, and with its parts."""
     row = {**asdict(metric), "subject": subject}

@@ -1,5 +1,7 @@
 """What a recipe will make of a model, known before any weight is loaded: exports that cannot hold it refuse at once."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +102,52 @@ def test_nvfp4_that_was_made_without_text_is_refused_where_a_runtime_joins_linea
     with pytest.raises(QtoolError, match="vllm joins linears .* quantize/rtn without text gives each its own; take"):
         check_recipe(recipe(folder, tmp_path, {"quantize/rtn": {"scheme": "nvfp4"}}, export))
     check_recipe(recipe(folder, tmp_path, {"quantize/gptq": {"scheme": "nvfp4"}}, export))
+
+
+PERPLEXITY = {"source": "demo:test", "samples": 3, "length": 16}
+
+
+@pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        ({"max": 9, "dataset": "demo:tset"}, 'no step measures it on "demo:tset"; did you mean "demo:test"?'),
+        ({"baseline": {"results": "none/results.json", "max_drop": 0}}, "the file none/results.json does not exist"),
+        ({"baseline": {"results": "STORED", "max_drop": 0}}, "by other options of evaluate/perplexity: length is 16, here 24"),
+        ({"dataset": "demo:test", "baseline": {"results": "ELSEWHERE", "max_drop": 0}}, 'has none on "demo:test"'),
+    ],
+)
+def test_a_gate_that_could_not_be_judged_is_refused_before_any_work(
+    gate: dict[str, object], refused: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    for name, source in (("stored", "demo:test"), ("elsewhere", "other:test")):
+        (tmp_path / name).mkdir()
+        row = {"name": "perplexity", "dataset": source, "subject": "compressed", "value": 9.0, "stderr": 0.1, "part": None}
+        (tmp_path / name / "results.json").write_text(json.dumps({"schema": 1, "metrics": [row]}))
+        step = {"evaluate/perplexity": PERPLEXITY | {"source": source, "an_option_of_older_versions": 1}}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({"model": "demo", "pipeline": [step]}))
+    text = yaml.safe_dump(
+        {
+            "model": str(tiny_model("llama")),
+            "pipeline": [{"quantize/rtn": {"scheme": "w4a16g32"}}, {"evaluate/perplexity": PERPLEXITY | {"length": 24}}],
+            "gates": {"perplexity": gate},
+        }
+    )
+    for name in ("stored", "elsewhere"):
+        text = text.replace(name.upper(), str(tmp_path / name / "results.json"))
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(QtoolError, match=f"gates: (perplexity|baseline): .*{re.escape(refused)}"):
+        run_recipe(load(tmp_path / "r.yaml"), tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(QtoolError, match="no step changes or exports the model"):
+        check_recipe(load(tmp_path / "r.yaml", ['pipeline=[{"evaluate/perplexity": {"source": "demo:test", "length": 16}}]',
+                                                'gates={"perplexity": {"max": 9}}']))  # fmt: skip
+
+
+def test_gates_may_change_in_a_finished_run_and_its_work_stands(tiny_model: TinyModel, tmp_path: Path) -> None:
+    made = recipe(tiny_model("llama"), tmp_path, {"quantize/rtn": {"scheme": "w4a16g32"}}, {"evaluate/perplexity": PERPLEXITY})
+    before = run_recipe(made, tmp_path / "out", Silent())
+    strict = load(tmp_path / "recipe.yaml", ['gates={"perplexity": {"max": 1}}'])
+    after = run_recipe(strict, tmp_path / "out", Silent())
+    assert (before["status"], after["status"]) == ("done", "gate-failed") and after["digest"] == strict.digest != made.digest
+    assert after["stages"] == before["stages"] or after["stages"][1:] == before["stages"][1:]  # tokens alone are read anew
+    assert load(tmp_path / "out" / "recipe.yaml").gates == strict.gates

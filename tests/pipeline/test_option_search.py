@@ -1,6 +1,7 @@
 """Searching options: mistakes before any work, the front by its definition, and a search that is stopped and goes on."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def test_every_mistake_comes_before_any_work(write: Callable[[str], Path]) -> No
     for wrong, says in (("{low: 2}", "either choice, or low and high"), ("{low: 2, high: 1}", "low 2 is not below high 1")):
         with pytest.raises(RecipeError, match=says):
             read_search(write(SPACE.replace("{choice: [minmax, mse]}", wrong)))
+    for wrong, says in (
+        ("kl_divergnce", 'no evaluate step measures "kl_divergnce"; did you mean "kl_divergence"?; costs: bits_per'),
+        ("kl_divergence@demo:tset", 'no step measures it on "demo:tset"; did you mean "demo:test"'),
+        ("ms_per_token", 'objectives: ms_per_token: no evaluate step measures "tokens_per_second"'),
+    ):
+        with pytest.raises(QtoolError, match=re.escape(says)):
+            read_search(write(SPACE.replace("[kl_divergence, ", f"[{wrong}, ")))
 
 
 def test_the_front_is_what_no_trial_beats_and_the_best_is_nearest_to_all_its_ends() -> None:

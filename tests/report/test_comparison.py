@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from qtool.cli.main import app
@@ -94,6 +95,23 @@ def test_what_measured_another_text_or_another_original_is_refused(
     for name in ("longer", "elsewhere", "larger"):
         assert f"{name}: perplexity of the original on demo:test is " in text
     assert "larger: its original has" in text and "only runs of one model and the same evaluate steps" in text
+
+
+def test_runs_that_measured_more_beside_the_same_are_compared_by_what_both_have(
+    finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    one, two = finished("one", "w4a16g32"), finished("two", "w8a16g32")
+    assert choose_metric(read_runs([one, two]), None) == ("kl_divergence", "demo:test")
+    recipe = yaml.safe_load((two / "recipe.yaml").read_text())
+    loss, divergence = recipe["pipeline"][1:]
+    more = {"evaluate/perplexity": {**loss["evaluate/perplexity"], "source": "demo:validation"}}
+    recipe["pipeline"][2:] = [{"evaluate/kl_divergence": {**divergence["evaluate/kl_divergence"], "top_k": 7}}, more]
+    (two / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert choose_metric(read_runs([one, two]), "perplexity") == ("perplexity", "demo:test")
+    loss["evaluate/perplexity"]["stride"] = 4
+    (two / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(QtoolError, match="two: evaluate/perplexity has other options in one: stride is None, here 4"):
+        read_runs([one, two])
 
 
 def with_costs(results: dict[str, Any], bits: float, loss: float) -> dict[str, Any]:

@@ -178,7 +178,41 @@ def test_a_browser_draws_every_chart_without_a_complaint_and_within_its_width(
     )
     titles = browser.value("[...document.querySelectorAll('[data-choice] figure b')].map((b) => b.textContent)")
     assert titles[0].endswith(" by positions") and titles[1] == "Weights on the grid of w4a16g128" and len(titles) == 6
+    browser.screenshot()  # for which Chromium makes the page narrower than a chart's margins for a moment
     assert browser.complaints == []
+
+
+def test_a_browser_shows_equal_values_as_points_and_cuts_labels_that_would_leave_the_page(
+    results: dict[str, Any], tmp_path: Path, browser: Any
+) -> None:
+    row = results["metrics"][0] | {"stderr": None, "value": 0.5, "unit": "fraction"}
+    equal = [row | {"name": "repetition", "subject": subject} for subject in ("original", "export:" + "long-name-" * 9)]
+    written(results | {"metrics": equal, "breakdown": [], "blocks": []}, tmp_path)
+    browser.open(tmp_path / "report.html", 390)
+    (chart,) = browser.value(
+        "[...document.querySelectorAll('figure')].map((f) => ({dots: f.querySelectorAll('circle').length,"
+        " lines: f.querySelectorAll('[aria-label=rule] line').length,"
+        " left: Math.min(...[...f.querySelectorAll('svg text')].map((text) => text.getBoundingClientRect().left))}))"
+    )
+    assert (chart["dots"], chart["lines"]) == (2, 0) and chart["left"] >= 0 and browser.complaints == []
+
+
+def test_gates_say_of_what_against_what_and_how_much_is_left_to_chance(results: dict[str, Any], tmp_path: Path) -> None:
+    facts = {"dataset": "d", "part": "domain: code", "against": "main/results.json", "significance": 2.0, "margin_stderr": 0.25}
+    page = written(results | {"gates": [results["gates"][0] | facts]}, tmp_path)
+    (cells,) = [row for row in page.rows if row[:1] == ["passed"]]
+    assert cells[2].endswith(" on d, domain: code") and cells[4] == "main/results.json" and cells[-1] == "2 × 0.25"
+
+
+def test_the_headline_says_what_is_within_chance_and_of_which_weights_the_bits_are(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    for row in results["metrics"]:
+        row["is_significant"] = None if row["is_significant"] is None else False
+    page = written(results, tmp_path)
+    assert re.search(r"compressed: \S+% ± \S+%, no significant change\n", page.text)
+    assert "of the quantized weights, with their scales" in page.text
+    assert "of all weights, as they are stored" in written(results | {"blocks": []}, tmp_path).text
 
 
 def test_no_text_of_the_results_becomes_markup(results: dict[str, Any], tmp_path: Path) -> None:

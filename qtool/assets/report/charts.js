@@ -3,6 +3,7 @@
 // with a list to choose from. Each chart is as wide as the page leaves it room, and is drawn anew when that changes.
 // The fields of each kind stand in qtool/report/charts.py. Text reaches the page as text, never as markup.
 (() => {
+  const NARROWEST = 200; // pixels that a chart is drawn for; the page's style shrinks it where there are fewer
   const COLORS = 8; // --c0 to --c7; series beyond them are dashed
   const short = (value) => (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6) ? d3.format(".3~e") : d3.format(".4~g"))(value);
   const color = (n) => `var(--c${n % COLORS})`;
@@ -84,16 +85,19 @@
       const hasSeries = rows.some((row) => row.series !== undefined);
       const series = hasSeries ? [...new Set(rows.map((row) => row.series))] : labels;
       if (hasSeries) legend(series, caption);
-      const longest = d3.max(labels, (label) => label.length);
+      const margin = Math.min(width / 2, 7 * d3.max(labels, (label) => label.length) + 16);
       const ends = rows.map((row) => ({ ...row, low: row.value - row.spread, high: row.value + row.spread }));
       const of = (name) => ends.filter((row) => (hasSeries ? row.series : row.label) === name);
       const below = (n) => (hasSeries ? 9 * (n - (series.length - 1) / 2) : 0);
+      const [low, high] = [d3.min(ends, (row) => row.low), d3.max(ends, (row) => row.high)];
+      const beside = Math.abs(low) / 10 || 1; // where all values are one: an axis without length has no place for it
       return Plot.plot({
-        width, height: (hasSeries ? 9 * series.length + 15 : 30) * labels.length + 52, marginLeft: Math.min(width / 2, 7 * longest + 16), marginRight: 24, marginTop: 4, marginBottom: 40,
-        x: { ...scale(false, unit), grid: true, ticks: Math.max(2, Math.min(8, width / 120)), nice: true },
+        width, height: (hasSeries ? 9 * series.length + 15 : 30) * labels.length + 52, marginLeft: margin, marginRight: 24, marginTop: 4, marginBottom: 40,
+        x: { ...scale(false, unit), grid: true, ticks: Math.max(2, Math.min(8, width / 120)), ...(low < high ? { nice: true } : { domain: [low - beside, high + beside] }) },
         y: { domain: labels, label: null, type: "band" },
         marks: [
-          ...series.map((name, n) => Plot.ruleY(of(name), { y: "label", x1: "low", x2: "high", stroke: color(n), strokeWidth: 3, dy: below(n) })),
+          Plot.axisY({ label: null, lineWidth: (margin - 10) / 12, textOverflow: "ellipsis-middle" }), // in units of the font's 12 pixels
+          ...series.map((name, n) => Plot.ruleY(of(name).filter((row) => row.spread), { y: "label", x1: "low", x2: "high", stroke: color(n), strokeWidth: 3, dy: below(n) })),
           ...series.map((name, n) => Plot.dot(of(name), { y: "label", x: "value", fill: color(n), r: hasSeries ? 3.5 : 4.5, dy: below(n) })),
           Plot.tip(ends, Plot.pointer({ y: "label", x: "value", title: ({ label, series: name, value, spread }) => `${name ? `${label}, ${name}` : label}\n${short(value)}${spread ? ` ± ${short(spread)}` : ""}` })),
         ],
@@ -154,8 +158,10 @@
   function show(figure, chart) {
     let drawn = 0;
     const draw = () => {
-      const width = Math.floor(figure.clientWidth);
-      if (!width || width === drawn) return;
+      const { paddingLeft, paddingRight } = getComputedStyle(figure);
+      const room = Math.floor(figure.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight));
+      const width = Math.max(room, NARROWEST);
+      if (!(room > 0) || width === drawn) return; // of a figure that has left the page it is no number
       drawn = width;
       const caption = document.createElement("figcaption");
       element("b", chart.title, caption);
