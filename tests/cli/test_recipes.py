@@ -47,7 +47,9 @@ def smaller(path: Path, model: Path) -> list[str]:
             split = "calibration" if step.key == "calibrate/text" else "test"
             source = step.options.model_dump()["source"]
             source = source if source == "preservation" else f"demo:{split}"
+            domain = step.options.model_dump().get("domain")
             found.append(f"pipeline.{number}={{source: {source}, samples: 2, length: 32}}")
+            found += [] if domain is None else [f"pipeline.{number}.domain={domain}"]
         elif step.key == "evaluate/lm_eval":
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
