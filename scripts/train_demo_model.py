@@ -98,7 +98,7 @@ def source_files(wheels: Path) -> Iterator[tuple[str, str]]:
 
 
 def collect(work: Path) -> dict[str, list[dict[str, str]]]:
-    """Drop near-duplicates and split by content hash; returns {split: [{"file", "text"}]}."""
+    """Drop near-duplicates and split by content hash; returns {split: [{"file", "project", "text"}]}."""
     seen_lines: set[int] = set()
     seen_files: set[str] = set()
     splits: dict[str, list[dict[str, str]]] = {"train": [], **{name: [] for name in SPLITS}}
@@ -116,7 +116,7 @@ def collect(work: Path) -> dict[str, list[dict[str, str]]]:
             if edge <= place < edge + share:
                 chosen = name
             edge += share
-        splits[chosen].append({"file": origin, "text": text})
+        splits[chosen].append({"file": origin, "project": origin.partition("/")[0], "text": text})
     for name, (_, characters) in SPLITS.items():
         fitting = [row for row in splits[name] if 1_000 <= len(row["text"]) <= 16_000]
         fitting.sort(key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest()[::-1])
@@ -318,7 +318,7 @@ warm-up, constant to the half, then linear to zero; windows of {LENGTH} tokens; 
 
 ## Text
 Files of more than 40 % already seen lines were dropped, the rest split by the SHA-256 of their content, so no file is in
-two splits. Shipped as `text/*.jsonl.gz`, one `{{"file", "text"}}` a line, each real and whole:
+two splits. Shipped as `text/*.jsonl.gz`, one `{{"file", "project", "text"}}` a line, each real and whole:
 {", ".join(f"{name} {count} files" for name, count in counts.items())}.
 `tasks/demo_cloze` asks which of four lines really follows a piece of a test file (chance 25 %).
 

@@ -4,6 +4,7 @@
 Protocol of `pack`: documents in a seeded order, each begun by the tokenizer's own special tokens (BOS where it has one and
 `bos` is auto), joined into one stream and cut into windows. Without packing: each document that is long enough gives one
 window from its beginning. Nothing is padded, so every token counts in every statistic.
+A preservation set is not cut anew: its windows are read as the run that chose them wrote them (preservation.py).
 """
 
 import gzip
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from qtool.calibration.preservation import PRESERVATION, Preserved, check_window, read_preservation
 from qtool.calibration.protocols import Protocol, find_protocol
 from qtool.errors import QtoolError, nearest
 from qtool.options import Options
@@ -29,10 +31,13 @@ class TextSource(Options):
 
     source: str = Field(
         description="demo:calibration, demo:validation, demo:test, a local .jsonl/.json/.parquet/.txt, wikitext2:test, "
-        "ptb:test, c4:validation (as papers quote perplexity on them), or a hub data set id"
+        "ptb:test, c4:validation (as papers quote perplexity on them), preservation (windows that a run chose), or a hub data "
+        "set id"
     )
     folder: str | None = Field(
-        None, description="local copy of that data set instead of the hub: a clone of it, or what datasets' save_to_disk wrote"
+        None,
+        description="local copy of that data set instead of the hub: a clone of it, or what datasets' save_to_disk wrote; of "
+        "preservation: the folder of the run that chose it",
     )
     config: str | None = Field(None, description="configuration name of a hub data set, such as wikitext-2-raw-v1")
     split: str = Field("train", description="split of a hub data set")
@@ -60,6 +65,28 @@ class PoolOptions(TextOptions):
     candidates: int | None = Field(4096, ge=1, description="windows of the pool to choose from; null: all the text gives")
 
 
+class PreservationPool(PoolOptions):
+    """A pool, and how many of the windows chosen from it are a preservation set."""
+
+    preserved: int | None = Field(
+        None, ge=1, description="windows of the preservation set; the other samples are the pool's at random; null: all samples"
+    )
+
+    @property
+    def n_preserved(self) -> int:
+        return self.preserved or self.samples
+
+    def places(self) -> Tensor:
+        """Where among the samples the preservation set stands [preserved]: evenly, so that the first windows are of both."""
+        return torch.arange(self.n_preserved) * self.samples // self.n_preserved
+
+    @model_validator(mode="after")
+    def _set_fits(self) -> "PreservationPool":
+        if self.n_preserved > self.samples:
+            raise ValueError(f"preserved is {self.preserved}, must be no more than samples, {self.samples}")
+        return self
+
+
 class WrittenOptions(Options):
     """Windows that are no cuttings of one text."""
 
@@ -75,6 +102,9 @@ def read_documents(options: TextOptions) -> list[object]:
 def read_rows(options: TextOptions) -> list[object]:
     """Every row, in file order; a text file is one row, and so is the stream of a protocol."""
     source = options.source
+    if source == PRESERVATION:
+        _refuse_stated(options, "leave them away")
+        return [{options.field: window} for window in read_preservation(options.folder)]
     if options.folder is not None and not Path(options.folder).is_dir():
         raise QtoolError(f"source: folder: {options.folder} is no folder; name a local copy of {source}")
     if source.startswith("demo:"):
@@ -103,14 +133,15 @@ def read_rows(options: TextOptions) -> list[object]:
     return _read_data_set(source, options.config, options.split, options.revision, options.folder, None)
 
 
+def _refuse_stated(options: TextOptions, advice: str) -> None:
+    """Raise QtoolError where options say what the source says itself."""
+    if (options.config, options.split, options.field, options.revision) != (None, "train", "text", None):
+        raise QtoolError(f"source: {options.source} says its config, split, field and revision itself; {advice}")
+
+
 def _read_stream(protocol: Protocol, split: str, options: TextOptions) -> str:
     """The one stream of a protocol's split."""
-    stated = (options.config, options.split, options.field, options.revision)
-    if stated != (None, "train", "text", None):
-        raise QtoolError(
-            f"source: {options.source} says its config, split, field and revision itself; leave them away, or name the data "
-            f"set: source: {protocol.path}"
-        )
+    _refuse_stated(options, f"leave them away, or name the data set: source: {protocol.path}")
     files = None if protocol.files is None else protocol.files.format(split=split)
     revision = None if options.folder else protocol.revision
     rows = _read_data_set(protocol.path, protocol.config, split, revision, options.folder, files)
@@ -185,6 +216,8 @@ def _encode(document: object, options: TextOptions, tokenizer: object) -> list[i
 
 def rendered(document: object, options: TextOptions, tokenizer: object) -> str:
     """The text of a document, its chat messages rendered through the tokenizer's template."""
+    if isinstance(document, Preserved):
+        return document.text
     if options.chat_template:
         if not getattr(tokenizer, "chat_template", None):
             raise QtoolError("chat_template: the tokenizer has no chat template; set chat_template: false")
@@ -197,7 +230,13 @@ def rendered(document: object, options: TextOptions, tokenizer: object) -> str:
 
 
 def encoding(document: object, options: TextOptions, tokenizer: object, offsets: bool = False) -> dict[str, list[Any]]:
-    """What the tokenizer makes of a document, begun as the options say; a template writes its own special tokens."""
+    """What the tokenizer makes of a document, begun as the options say; a template writes its own special tokens.
+
+    A window of a preservation set is the ids that it has, of which none tells where in the text it ends.
+    """
+    if isinstance(document, Preserved):
+        check_window(document, options.length, tokenizer)
+        return {"input_ids": document.ids, "offset_mapping": [(0, 0)] * len(document.ids)}
     text = rendered(document, options, tokenizer)
     bos = tokenizer.bos_token_id  # type: ignore[attr-defined]
     begins = options.bos == "auto" and not options.chat_template

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from qtool.calibration.preservation import PRESERVATION
 from qtool.calibration.protocols import find_protocol
 from qtool.calibration.tokens import TextOptions, encoding, field_of, read_rows, rendered
 from qtool.errors import QtoolError
@@ -38,6 +39,8 @@ class WindowOptions(TextOptions):
     def _stride_fits(self) -> "WindowOptions":
         if self.stride is not None and (self.stride >= self.length or not self.pack):
             raise ValueError("stride must be less than length, and pack true; leave it away for windows that stand alone")
+        if self.source == PRESERVATION and (self.stride, self.domain) != (None, None):
+            raise ValueError("windows of a preservation set stand alone and have no domain; leave stride and domain away")
         return self
 
 

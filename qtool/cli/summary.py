@@ -32,7 +32,8 @@ def print_summary(results: Row, folder: Path) -> None:
     for gate in results["gates"]:
         said = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
         against = "" if gate["against"] in (None, "original") else f" over {gate['against']}"
-        what = f"{gate['metric']} {gate['limit']}{against}, {gate['subject']} has {number(gate['value'])}"
+        of = gate["dataset"] if gate["part"] is None else f"{gate['dataset']}, {gate['part']}"
+        what = f"{gate['metric']} {gate['limit']}{against}, {gate['subject']} has {number(gate['value'])} on {of}"
         room = ""
         if gate["significance"] is not None:
             room = f" within {gate['significance']:g} standard errors of {number(gate['margin_stderr'])}"

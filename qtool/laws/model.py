@@ -49,6 +49,7 @@ SAMPLE_CHOICES: dict[str, Any] = {  # what required or costly options are set to
     "parameters": 0.9,
     "candidates": 8,
     "bins": 2,
+    "clusters": 2,
     "submodels": {"small": {"blocks": 1, "neurons": 64}},
     "target": {"source": "demo:validation"},
     "sources": [{"source": "demo:test"}, {"source": "demo:validation"}],

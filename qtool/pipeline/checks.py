@@ -3,10 +3,12 @@
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from qtool.calibration.tokens import TextSource
+from qtool.calibration.tokens import PreservationPool, TextOptions, TextSource
+from qtool.calibration.windows import WindowOptions
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.attention import AttentionRounding
@@ -17,6 +19,7 @@ from qtool.model.runtimes import servings
 from qtool.model.shape import smaller
 from qtool.options import ExportOptions, Selection
 from qtool.pipeline.blockwise import check_selection
+from qtool.pipeline.measuring import names_own_preservation
 from qtool.pipeline.search import check_covered, check_search
 from qtool.recipe import CHANGING, Gate, Recipe, Step
 from qtool.report.gates import check_baseline
@@ -26,9 +29,9 @@ def check_recipe(recipe: Recipe) -> ModelHandle:
     """The recipe's model, nothing of it loaded; raises QtoolError for what will fail later."""
     model, search = ModelHandle(recipe.model), None
     planned = model
-    for step in recipe.steps:
+    for index, step in enumerate(recipe.steps):
         planned = planned_model(planned, [step])  # a transform may part head and embedding
-        check_step(step, planned, search)
+        check_step(planned_text(step, recipe.steps[:index]), planned, search)
         search = step if step.method.kind == "search" else search
     check_exports(recipe.steps, model)
     for gate in recipe.gates:
@@ -204,6 +207,24 @@ def planned_model(model: ModelHandle, steps: Sequence[Step]) -> ModelHandle:
                 except QtoolError as error:
                     raise QtoolError(f"{step.key}: {error}") from error
     return model
+
+
+def planned_text(step: Step, before: Sequence[Step]) -> Step:
+    """The step, with as many windows of the pool's text in place of a preservation set that a step before it will choose.
+
+    Raises QtoolError where the set will not hold what the step asks for.
+    """
+    chosen = next((one.options for one in before if isinstance(one.options, PreservationPool)), None)
+    options = step.options
+    if chosen is None or not names_own_preservation(options):
+        return step
+    assert isinstance(options, WindowOptions), "only these name a preservation set"
+    for name, asked, there in (("length", options.length, chosen.length), ("samples", options.samples, chosen.n_preserved)):
+        if asked is not None and (asked != there if name == "length" else asked > there):
+            with located(step):
+                raise QtoolError(f"{step.key}: {name} is {asked}, the preservation set has {there}; set {name}: {there}")
+    text = chosen.model_dump(include=set(TextOptions.model_fields))
+    return replace(step, options=options.model_copy(update=text | {"samples": options.samples or chosen.n_preserved}))
 
 
 def planned_cache(model: ModelHandle, steps: Sequence[Step]) -> KvScheme | KiviScheme | None:

@@ -22,7 +22,7 @@ from qtool.formats.scheme import SchemeSelection
 from qtool.model.handle import BATCH, ModelHandle
 from qtool.model.rotated_network import CHECKS, JUDGED
 from qtool.options import BlockTuning, Curvature, Options, Selection, Sequential, TrainingOptions
-from qtool.pipeline.checks import planned_model
+from qtool.pipeline.checks import planned_model, planned_text
 from qtool.recipe import CHANGING, Step
 
 IDLE_BYTES = 420 * 2**20  # Python with torch and transformers, before any model
@@ -77,7 +77,8 @@ def sizes_of(model: ModelHandle) -> Sizes:
 def estimate(model: ModelHandle, steps: Sequence[Step], seed: int, export_bytes: dict[str, int]) -> list[Cost]:
     """The cost of each step, in their order; `export_bytes`: what each export will write."""
     costs = []
-    texts = {index: step.options for index, step in enumerate(steps) if isinstance(step.options, TextOptions)}
+    told = [planned_text(step, steps[:index]).options for index, step in enumerate(steps)]
+    texts = {index: options for index, options in enumerate(told) if isinstance(options, TextOptions)}
     windows = {index: tuple(windows_of(text, model.tokenizer, seed).shape) for index, text in texts.items()}
     windows |= {
         index: (step.options.samples, step.options.length)

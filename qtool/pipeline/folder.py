@@ -4,6 +4,7 @@
     state/           fingerprint.json; one folder per step: block files, done.json
     results.json     exports/<format>/              report.html    distributions.json, what the report plots
     paired.json, evaluations/: what else was measured, see report/results.py
+    preservation.jsonl: windows that calibrate/preservation chose
 A step's block file is written whole or not at all; a block whose file stands is done. Activations are not kept: going on
 computes them again through the finished blocks, which gives the same bits.
 """
@@ -15,11 +16,13 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from qtool.calibration.preservation import PRESERVATION
 from qtool.errors import QtoolError
 from qtool.model.store import write_text
 from qtool.progress import Progress
 
 EVENTS = "events.jsonl"
+CHOSEN = f"{PRESERVATION}.jsonl"
 SECONDS_BETWEEN_EVENTS = 1.0  # of the steps of one stage
 
 
@@ -40,7 +43,7 @@ class RunFolder:
             if fresh:
                 for name in ("state", "exports", "evaluations"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("results.json", "paired.json", "distributions.json", "events.jsonl", "report.html", "recipe.yaml"):
+                for name in ("results.json", "paired.json", "distributions.json", EVENTS, "report.html", "recipe.yaml", CHOSEN):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise QtoolError(f"--out: {self.path} cannot be written: {error.strerror}; choose another folder") from error

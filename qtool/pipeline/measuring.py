@@ -5,17 +5,32 @@ A measurement is plain data, as a step records it: {"metrics": rows with parts, 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from qtool.artifact import Finding, Metric, Record, Sample
+from qtool.calibration.preservation import PRESERVATION
+from qtool.calibration.windows import WindowOptions
 from qtool.model.handle import ModelHandle
 from qtool.model.store import write_text
+from qtool.options import Options
 from qtool.recipe import Step
 from qtool.report.results import compare, metric_row, sample_rows, split_rows
 
 Measurement = dict[str, Any]
+
+
+def with_preservation(step: Step, folder: Path) -> Step:
+    """The step; where it names a preservation set without a run, that of the run in `folder`."""
+    if not names_own_preservation(step.options):
+        return step
+    return replace(step, options=step.options.model_copy(update={"folder": str(folder)}))
+
+
+def names_own_preservation(options: Options) -> bool:
+    """Whether options ask for the windows that their own run chooses."""
+    return isinstance(options, WindowOptions) and (options.source, options.folder) == (PRESERVATION, None)
 
 
 def measure(

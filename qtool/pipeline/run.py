@@ -19,7 +19,8 @@ import yaml
 from torch import Tensor
 
 from qtool.artifact import Artifact, changed_files, write_manifest
-from qtool.calibration.tokens import digest_tokens
+from qtool.calibration.preservation import write_preservation
+from qtool.calibration.tokens import PreservationPool, digest_tokens
 from qtool.errors import QtoolError, nearest
 from qtool.formats.allocation import SearchOptions
 from qtool.formats.scheme import Scheme, SchemeSelection
@@ -33,7 +34,7 @@ from qtool.pipeline.blockwise import run_blockwise
 from qtool.pipeline.checks import check_additions, check_cache, check_recipe, check_rounding, check_step, located
 from qtool.pipeline.distributions import measure_distributions
 from qtool.pipeline.folder import RecordedProgress, RunFolder, StepFolder
-from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, write_beside
+from qtool.pipeline.measuring import Measurement, as_results, joined, measure, of_subject, with_preservation, write_beside
 from qtool.pipeline.ranks import Ranks, together
 from qtool.pipeline.rotation import run_rotation
 from qtool.pipeline.search import found_schemes, run_search
@@ -163,6 +164,8 @@ class Run:
             self.tokens = method.run(self.original, options, self.recipe.seed)
             if self.ranks.is_first:
                 self.folder.record({"text": digest_tokens(self.tokens)})
+                if isinstance(options, PreservationPool):
+                    write_preservation(self.folder.path, self.tokens[options.places()], self.original.tokenizer)
             self.progress.advance(f"{len(self.tokens)} windows of {self.tokens.shape[1]} tokens")
             return {}
         if isinstance(options, SchemeSelection) and options.scheme == "search":
@@ -187,6 +190,7 @@ class Run:
                 self._compressed, method, options, self.tokens, self.recipe.seed, state, self.progress, unquantized
             )
         if method.kind == "evaluate":
+            step = with_preservation(step, self.folder.path)
             subjects = [("original", self.original)]
             if self._compressed is not self.original:
                 subjects.append(("compressed", self._compressed))
@@ -221,7 +225,8 @@ class Run:
                 self.progress.stage(f"{step.key} of {subject}", 1)
                 with located(step), Stage(f"{step.key} of {subject}") as stage:
                     before = of_subject(self.measured[StepFolder(self.folder, index, step.key).path.name], "original")
-                    result = measure(step, subject, ModelHandle(options), self.original, self.recipe.seed, before)
+                    told = with_preservation(step, self.folder.path)
+                    result = measure(told, subject, ModelHandle(options), self.original, self.recipe.seed, before)
                     self.progress.advance(subject)
                 result |= {"stage": stage.facts, "sha256": row["sha256"]}
                 if self.ranks.is_first:
@@ -336,6 +341,7 @@ def _evaluate_target(
     device = device if acceleration is None else device_of_runtime(runtime, device)
     if (path / "state").is_dir():
         recipe, changes = finished_run(path)
+        steps = [with_preservation(step, path) for step in steps]
         original = ModelHandle(recipe.model.model_copy(update={"device": device}))
         subjects = [("original", original), ("compressed", ModelHandle(original.options, changes, acceleration))]
         seed = recipe.seed

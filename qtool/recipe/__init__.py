@@ -91,7 +91,11 @@ class Limits(Options):
         None, ge=0, description="fail only beyond what is allowed by more than this many standard errors; null: by anything"
     )
     dataset: str | None = Field(None, description="the dataset that counts; null: every one that the metric was measured on")
-    part: str | None = Field(None, description="the part of it that counts, such as `domain: python`; null: the whole")
+    part: str | None = Field(
+        None,
+        description="the part of it that counts, such as `domain: python`; `domain: *` judges each domain by itself; null: the "
+        "whole",
+    )
 
     @model_validator(mode="after")
     def _state_one(self) -> "Limits":

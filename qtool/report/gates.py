@@ -3,12 +3,15 @@
 A row of `gates` in results.json, for each limit of each gate and each changed subject:
     {metric, dataset, part, subject, against, limit, allowed, value, significance, margin_stderr, is_paired, passed}
     against: `original`, the path of the baseline's results.json, or null for an absolute limit
+A gate whose `part` is a pattern judges every part that fits it by itself: `part: "domain: *"` with `max_drop: 5%` is a guard of
+each class, as Entezari and Saukh 2019, arXiv:1909.10364 (Class-dependent Compression), ask for: none may pay for the others.
 With `significance: k` a gate fails only where the value is beyond what is allowed by more than k standard errors of
     value - allowed = θ - θ_allowed          of an absolute limit
     value - allowed = θ - (1 + p) θ_before   of a relative one, p its percentage or zero
 which pairs windows and documents where both measured the same ones, and adds squares where not (`is_paired` false).
 """
 
+import fnmatch
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -34,19 +37,19 @@ def check_gates(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Row]:
 
 
 def _check(gate: Gate, rows: Sequence[Row]) -> Iterator[Row]:
-    measured = [row for row in rows if row["name"] == gate.metric and row["part"] == gate.part]
+    measured = [row for row in rows if row["name"] == gate.metric and is_judged(gate, row["part"])]
     chosen = [row for row in measured if gate.dataset in (None, row["dataset"])]
     if not chosen:
         raise QtoolError(f"gates: {gate.metric}: {_what_is_there(gate, rows)}")
     changed = [row for row in chosen if row["subject"] != "original"]
     if not changed:
         raise QtoolError(f"gates: {gate.metric}: only the original has it, and nothing changed the model; gates judge changes")
-    originals = {row["dataset"]: row for row in chosen if row["subject"] == "original"}
+    originals = {(row["dataset"], row["part"]): row for row in chosen if row["subject"] == "original"}
     for row in changed:
         for limit, stated in gate.limits.items():
             before = None
             if limit not in ("max", "min"):
-                before = originals.get(row["dataset"])
+                before = originals.get((row["dataset"], row["part"]))
                 if before is None:
                     raise QtoolError(f"gates: {gate.metric}: {limit}: the original has none; use max or min")
             yield _judge(gate, row, limit, stated, before, "original" if before else None)
@@ -54,6 +57,11 @@ def _check(gate: Gate, rows: Sequence[Row]) -> Iterator[Row]:
             before = find_baseline(gate, row)
             for limit, stated in gate.baseline.limits().items():
                 yield _judge(gate, row, limit, stated, before, gate.baseline.results)
+
+
+def is_judged(gate: Gate, part: str | None) -> bool:
+    """Whether a gate judges this part of a dataset, None for the whole."""
+    return part == gate.part or (None not in (part, gate.part) and fnmatch.fnmatchcase(str(part), str(gate.part)))
 
 
 def _judge(gate: Gate, row: Row, limit: str, stated: float | str, before: Row | None, against: str | None) -> Row:
@@ -83,7 +91,7 @@ def _judge(gate: Gate, row: Row, limit: str, stated: float | str, before: Row | 
     return {
         "metric": gate.metric,
         "dataset": row["dataset"],
-        "part": gate.part,
+        "part": row["part"],
         "subject": row["subject"],
         "against": against,
         "limit": f"{limit}: {stated}",
@@ -128,8 +136,8 @@ def find_baseline(gate: Gate, row: Row) -> Row:
     Raises QtoolError where it has none, or one of another number of windows.
     """
     assert gate.baseline is not None, "a gate with a baseline"
-    path, subject, dataset = Path(gate.baseline.results), row["subject"], row["dataset"]
-    rows = [row for row in read_rows(path) if row["name"] == gate.metric and row.get("part") == gate.part]
+    path, subject, dataset, part = Path(gate.baseline.results), row["subject"], row["dataset"], row["part"]
+    rows = [row for row in read_rows(path) if row["name"] == gate.metric and row.get("part") == part]
     found = [row for row in rows if (row["subject"], row["dataset"]) == (subject, dataset)]
     if not found:
         there = sorted({f"{row['subject']} on {row['dataset']}" for row in rows}) or ["nothing of that name"]
@@ -139,7 +147,7 @@ def find_baseline(gate: Gate, row: Row) -> Row:
         raise QtoolError(f"gates: {gate.metric}: baseline {path} is of {known} windows or documents, this run of {n}")
     parts = None
     paired = path.with_name("paired.json")
-    if gate.part is None and paired.is_file():
+    if part is None and paired.is_file():
         key = {"name": gate.metric, "dataset": dataset, "subject": subject}
         entries = (entry for entry in _read_json(paired) if {name: entry[name] for name in key} == key)
         parts = next((entry["parts"] for entry in entries), None)
@@ -175,7 +183,7 @@ def _what_is_there(gate: Gate, rows: Sequence[Row]) -> str:
     named = [row for row in rows if row["name"] == gate.metric]
     if not named:
         return f"no evaluate step measured it{nearest(gate.metric, {row['name'] for row in rows}) if rows else ''}"
-    if gate.part is not None and not any(row["part"] == gate.part for row in named):
+    if gate.part is not None and not any(is_judged(gate, row["part"]) for row in named):
         parts = {row["part"] for row in named if row["part"] is not None}
         return f'part "{gate.part}" was not measured' + (nearest(gate.part, parts) if parts else "; the metric has no parts")
     return f'it was not measured on "{gate.dataset}"{nearest(str(gate.dataset), {row["dataset"] for row in named})}'

@@ -45,13 +45,17 @@ def smaller(path: Path, model: Path) -> list[str]:
     for number, step in enumerate(load(path).steps, 1):
         if step.key in ("calibrate/text", "evaluate/perplexity", "evaluate/kl_divergence", "evaluate/calibration_error"):
             split = "calibration" if step.key == "calibrate/text" else "test"
-            found.append(f"pipeline.{number}={{source: demo:{split}, samples: 2, length: 32}}")
+            source = step.options.model_dump()["source"]
+            source = source if source == "preservation" else f"demo:{split}"
+            domain = step.options.model_dump().get("domain")
+            found.append(f"pipeline.{number}={{source: {source}, samples: 2, length: 32}}")
+            found += [] if domain is None else [f"pipeline.{number}.domain={domain}"]
         elif step.key == "evaluate/lm_eval":
             found.append(f"pipeline.{number}={{tasks: [demo_cloze], limit: 2}}")
         else:
             fewer = {"steps": 1, "batch": 2, "samples": 2, "generate": 2, "candidates": 1}
             if step.method.kind in ("calibrate", "evaluate"):  # four samples: one for a weight of 1 in 4
-                fewer |= {"samples": 4, "length": 32, "candidates": 8, "bins": 2, "tokens": 5}
+                fewer |= {"samples": 4, "length": 32, "candidates": 8, "bins": 2, "clusters": 2, "preserved": 2, "tokens": 5}
             if step.key == "evaluate/temperature":
                 found.append(f"pipeline.{number}.temperatures=[1.0]")
             stated = step.options.model_dump()

@@ -113,6 +113,17 @@ def test_a_gate_may_judge_one_dataset_and_one_part() -> None:
     assert verdict(Gate("loss", {"max": 5.0}, part="domain: code"), [*measured, part])["value"] == 7.0
 
 
+def test_a_pattern_judges_every_part_by_itself_against_its_own_original() -> None:
+    measured = rows()
+    for part, before, after in (("domain: a", 0.9, 0.8), ("domain: b", 0.5, 0.47), ("positions: 1-15", 0.9, 0.1)):
+        was, now = (Metric("loss", "t", value, "fraction", None, part=part) for value in (before, after))
+        original = metric_row(was, "original")
+        measured += [original, compare(metric_row(now, "compressed"), [original])]
+    found = check_gates([Gate("loss", {"max_drop": "10%"}, part="domain: *")], measured)
+    assert [(row["part"], row["passed"]) for row in found] == [("domain: a", False), ("domain: b", True)]
+    assert [row["allowed"] for row in found] == pytest.approx([0.81, 0.45])
+
+
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
