@@ -25,6 +25,9 @@ def evaluate(
     length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows to take; all where not given.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="What MODEL was made from, to measure it against; with --source the KL divergence too.")
+    ] = None,
     runtime: Annotated[
         Runtime, typer.Option(help="What computes quantized linears: decoded weights as in a run, or a device's fast products.")
     ] = Runtime.reference,
@@ -35,13 +38,17 @@ def evaluate(
 ) -> None:
     """Measure a model, or a run's compressed model beside its original; a run brings its own evaluate steps.
 
-    A model may be any checkpoint that transformers loads, quantized by whatever tool.
+    A model may be any checkpoint that transformers loads, quantized by whatever tool. With --original and --out it is
+    measured as a run's is, and `qtool compare` takes it beside others and beside runs.
     """
-    steps = choose_steps(target, source, length, samples, tasks, overrides)
+    is_run = (Path(target) / "recipe.yaml").is_file()
+    if original is not None and is_run:
+        raise QtoolError(f"--original: {target} is a run, and is measured against the original of its recipe; leave it away")
+    steps = choose_steps(target, source, length, samples, tasks, overrides, is_beside=original is not None)
     with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
         from qtool.pipeline.run import evaluate_target  # here, because it imports torch
 
-        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value, out)
+        results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value, out, original)
     if int(os.environ.get("RANK", "0")):
         return  # one of several processes that torchrun started: the first tells
     if json_only:
@@ -55,9 +62,15 @@ def evaluate(
 
 
 def choose_steps(
-    target: str, source: str | None, length: int | None, samples: int | None, tasks: str | None, overrides: list[str]
+    target: str,
+    source: str | None,
+    length: int | None,
+    samples: int | None,
+    tasks: str | None,
+    overrides: list[str],
+    is_beside: bool,
 ) -> "list[Step]":
-    """The evaluate steps that the options ask for, else those of the run's recipe."""
+    """The evaluate steps that the options ask for, else those of the run's recipe; is_beside: of two models."""
     from qtool.recipe import load, parse
 
     if source is None and (length is not None or samples is not None):
@@ -65,7 +78,8 @@ def choose_steps(
     windows = {"source": source, "length": length, "samples": samples}
     asked: list[dict[str, object]] = []
     if source is not None:
-        asked.append({"evaluate/perplexity": {name: value for name, value in windows.items() if value is not None}})
+        stated = {name: value for name, value in windows.items() if value is not None}
+        asked += [{key: stated} for key in ("evaluate/perplexity", *(["evaluate/kl_divergence"] if is_beside else []))]
     if tasks is not None:
         asked.append({"evaluate/lm_eval": {"tasks": [task.strip() for task in tasks.split(",")]}})
     recipe = Path(target) / "recipe.yaml"

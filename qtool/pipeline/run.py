@@ -314,16 +314,18 @@ def evaluate_target(
     allow_pickle: bool = False,
     runtime: str = "reference",
     out: Path | None = None,
+    beside: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a run's compressed model against its original, or a checkpoint alone; checks all steps before the first.
+    """Measure a run's compressed model against its original, or a checkpoint; checks all steps before the first.
 
+    beside: the original that a checkpoint was made from, by path or hub id, to measure it against; null: it is measured alone
     runtime: cpu or cuda, on whose fast products quantized linears run; reference: as in a run.
     Returns what results.json of a run holds, and writes it with its report into `out`, where that is given. Processes that
     torchrun started measure together what is shared; the first does the rest, and alone has results and writes them.
     """
     with together() as ranks:
         progress = progress if ranks.is_first else Silent()
-        return _evaluate_target(target, steps, progress, device, allow_pickle, runtime, out, ranks)
+        return _evaluate_target(target, steps, progress, device, allow_pickle, runtime, out, beside, ranks)
 
 
 def _evaluate_target(
@@ -334,8 +336,11 @@ def _evaluate_target(
     allow_pickle: bool,
     runtime: str,
     out: Path | None,
+    beside: str | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
+    if out is not None and (out / "state").is_dir():
+        raise QtoolError(f"--out: {out} is a run's folder, whose results would be lost; choose another one")
     path, notes = Path(target), list[str]()
     acceleration = None if runtime == "reference" else Acceleration()
     device = device if acceleration is None else device_of_runtime(runtime, device)
@@ -348,17 +353,28 @@ def _evaluate_target(
         facts = describe_model(original, subjects[1][1])
     else:
         options = ModelOptions(path=target, device=device, allow_pickle=allow_pickle)
-        original = ModelHandle(options, acceleration=acceleration)
+        original = checkpoint = ModelHandle(options, acceleration=acceleration)
         subjects, seed = [("original", original)], 0
-        facts = describe_checkpoint(original)
-        try:
-            original.schemes()
-        except QtoolError as error:  # a layout, or a part of one, that qtool does not read
-            notes.append(f"{error}; transformers loads the whole model instead")
-            progress.note(notes[0])
-            original.load_by_transformers(str(error))
+        facts = describe_checkpoint(checkpoint)
+        if beside is not None:
+            original = ModelHandle(options.model_copy(update={"path": beside}))
+            if original.tokenizer.get_vocab() != checkpoint.tokenizer.get_vocab():
+                raise QtoolError(f"--original: {beside} has another tokenizer than {target}; measure each alone")
+            subjects = [("original", original), ("compressed", checkpoint)]
+            before = describe_checkpoint(original)
+            facts |= {"parameters": before["parameters"], "parameters_compressed": facts["parameters"]}
+            facts |= {"bytes_original": before["bytes_original"]}
+        for _, model in subjects:
+            try:
+                model.schemes()
+            except QtoolError as error:  # a layout, or a part of one, that qtool does not read
+                notes.append(f"{error}; transformers loads the whole model instead")
+                progress.note(notes[-1])
+                model.load_by_transformers(str(error))
     for step in steps:
         check_step(step, original)
+        if beside is not None:
+            check_step(step, subjects[-1][1])
     if acceleration is not None:  # one block tells whether there is anything to measure
         subjects[-1][1].block(0)
         subjects[-1][1].release(0)

@@ -24,7 +24,7 @@ from qtool.report.results import are_paired, option_differences
 
 SAME = 1e-3  # relative
 COSTS = {  # field of a run: in words
-    "bits_per_weight": "bits per quantized weight",
+    "bits_per_weight": "bits per weight",
     "mib": "MiB of weights",
     "seconds": "seconds that the run took",
     "ms_per_token": "ms per generated token",  # where evaluate/generation measured it
@@ -114,11 +114,11 @@ def differences(first: Run, other: Run) -> list[str]:
         n, m = (rows[key].get("n_units") for rows in (before, after))
         if n and m and n != m:
             found.append(f"{other.name}: {key[0]} on {key[1]} is of {m} windows or documents, in {first.name} of {n}")
-    for key, own in other.evaluations:
-        same = (given for name, given in first.evaluations if (name, given.get("source")) == (key, own.get("source")))
+    for step, own in other.evaluations:
+        same = (given for name, given in first.evaluations if (name, given.get("source")) == (step, own.get("source")))
         there = [option_differences(own, given) for given in same]
         if there and all(there) and not found:
-            found.append(f"{other.name}: {key} has other options in {first.name}: {'; '.join(min(there, key=len))}")
+            found.append(f"{other.name}: {step} has other options in {first.name}: {min(there, key=len)}")
     return sorted(found)
 
 

@@ -126,7 +126,7 @@ def check_baseline(gate: Gate, measuring: Sequence[tuple[str, Row]]) -> None:
     for key, own in measuring:
         others = [option_differences(own, given) for name, given in stored if name == key]
         if others and all(others):
-            said = "; ".join(min(others, key=len))
+            said = min(others, key=len)  # of the step that is most like it
             raise QtoolError(f"gates: {gate.metric}: baseline {path} measured it by other options of {key}: {said}")
 
 

@@ -52,13 +52,13 @@ PACKAGES = (
 BESIDE = {"tasks", "include_path", "limit", "batch_size", "log_samples", "top_k"}
 
 
-def option_differences(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def option_differences(own: dict[str, Any], other: dict[str, Any]) -> str:
     """What makes the figures of one evaluate step, by its options in two runs, say nothing about each other.
 
-    Options that only one of them has do not count: they are of another version of the method.
+    Empty where nothing does. Options that only one of them has do not count: they are of another version of the method.
     """
     both = (own.keys() & other.keys()) - BESIDE
-    return [f"{name} is {other[name]}, here {own[name]}" for name in sorted(both) if own[name] != other[name]]
+    return "; ".join(f"{name} is {other[name]}, here {own[name]}" for name in sorted(both) if own[name] != other[name])
 
 
 def metric_row(metric: Metric, subject: str) -> dict[str, Any]:

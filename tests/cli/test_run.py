@@ -191,3 +191,30 @@ def test_eval_measures_what_transformers_loads_and_qtool_does_not_read(folder: P
     assert (tmp_path / "measured" / "report.html").is_file() and (tmp_path / "measured" / "paired.json").is_file()
     of_a_run = json.loads((folder / "out" / "results.json").read_text())
     assert set(results) - {"runtime"} == set(of_a_run)  # so that what reads one reads the other
+
+
+def test_eval_measures_a_checkpoint_against_what_it_was_made_from_and_compares_it(folder: Path, tmp_path: Path) -> None:
+    checkpoint = folder / "out" / "exports" / "safetensors"
+    windows = ("--source", "demo:test", "--length", "32", "--samples", "3")
+    measured = invoke("eval", checkpoint, "--original", "demo", *windows, "--out", tmp_path / "one")
+    assert measured.exit_code == 0, measured.stderr
+    of_the_run = invoke("eval", folder / "out", *windows, "--json")
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    rows = {(row["name"], row["subject"]): row for row in results["metrics"]}
+    for row in json.loads(of_the_run.stdout)["metrics"]:  # the export holds the run's very weights
+        same = rows[row["name"], row["subject"]]
+        assert same["value"] == pytest.approx(row["value"], rel=1e-5)
+        assert same["difference"] == (None if row["difference"] is None else pytest.approx(row["difference"], rel=1e-3))
+    assert rows["kl_divergence", "original"]["value"] == 0 < rows["kl_divergence", "compressed"]["value"]
+    again = invoke("eval", "demo", "--original", "demo", *windows, "--out", tmp_path / "same")
+    assert again.exit_code == 0, again.stderr
+    compared = invoke("compare", tmp_path / "one", tmp_path / "same")
+    assert compared.exit_code == 0, compared.stderr
+    assert "Δ from one" in compared.stdout and "kl_divergence" in compared.stdout
+    for arguments, says in (
+        ((folder / "out", "--original", "demo"), "is a run, and is measured against the original of its recipe"),
+        ((checkpoint, "--original", "nowhere/at-all.gguf", *windows), "nowhere"),
+        (("demo", *windows, "--out", folder / "out"), "is a run's folder, whose results would be lost"),
+    ):
+        refused = invoke("eval", *arguments)
+        assert refused.exit_code == 2 and says in refused.stderr, refused.stderr
