@@ -26,7 +26,7 @@ from qtool.options import Needs, Options
 
 KINDS = ("calibrate", "transform", "search", "quantize", "prune", "factorize", "distill", "evaluate", "export")
 GUIDES = {
-    "calibrate": "First: text that steps see. mixture, dsir (like a target), coverage, preservation; self_generated needs none.",
+    "calibrate": "First: text that steps see. mixture, dsir (like a target), coverage, preservation; self_generated: none.",
     "transform": "Before rounding. The model computes the same, but after deep_shape. GPTQ needs none; activations do.",
     "search": "Before quantizing: which linear gets which scheme.",
     "quantize": "rtn at 8 bits; gptq at 2 to 4, yaqa for the least KL; hqq, fine_quant without text; kv_cache, inputs after.",
