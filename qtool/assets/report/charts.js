@@ -141,7 +141,7 @@
       const said = ({ name, x: at, y: value, spread, front: isBest }) =>
         `${name}${isBest ? ", on the Pareto front" : ""}\n${x}: ${short(at)}\n${y}: ${short(value)}${spread ? ` ± ${short(spread)}` : ""}`;
       return Plot.plot({
-        width, height: 320, marginLeft: 64, marginRight: 24, marginTop: 28, marginBottom: 44, inset: 8,
+        width, height: 320, marginLeft: 64, marginRight: 24, marginTop: 28, marginBottom: 44, inset: 18, // for the numbers beside points
         x: { ...scale(false, x), grid: true, nice: true, ticks: Math.max(3, Math.min(10, width / 90)) },
         y: { ...scale(log, null), grid: true, nice: true, ticks: 6 },
         marks: [
