@@ -20,8 +20,9 @@ template <int FORMAT, int SCALE, bool ZERO, int SPAN, int NT, int MT> struct Sta
 };
 
 // SPAN: inputs whose sum is scaled at once, 32 where groups are that small, else 64.
+// Of eight bits and one tile of tokens two blocks fit a multiprocessor, in 128 registers of a thread.
 template <class T, int FORMAT, int SCALE, bool ZERO, int SPAN, int NT, int MT, int DEPTH>
-QT_KERNEL void QT_BOUNDS(WARPS * 32, 1)
+QT_KERNEL void QT_BOUNDS(WARPS * 32, FORMAT == W8 && MT == 1 ? 2 : 1)
 decode_step(const uint16_t* x, const uint32_t* codes, const void* scale, const uint16_t* zero, const float* table,
             const uint16_t* bias, uint16_t* y, float* partial, int* counters, int n_tokens, int n_out, int n_in, int n_blocks,
             int n_tiles, int group_shift, int n_groups, float alpha) {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.formats.inputs import fit_inputs
+from qtool.formats.packing import pack_int32
 from qtool.formats.scheme import Scheme
 from qtool.formats.tensor import QuantizedTensor
 from qtool.kernels.whole_levels import whole_levels
@@ -207,20 +208,12 @@ def marlin(tensor: QuantizedTensor, scheme: Scheme, device: torch.device) -> Pee
         dtype=torch.bfloat16,
     )
     scale = whole.scale.to(torch.bfloat16)
-    layer.qweight.data = gptq_words(whole.code, weights.bits)
+    layer.qweight.data = pack_int32(whole.code.int() + (1 << (weights.bits - 1)), weights.bits).T.contiguous()  # GPTQ's
     layer.scales.data = scale.T.contiguous()  # [groups, out]
     layer = layer.to(device).eval()
     layer.post_init()  # into Marlin's own order
     W = (whole.code.float().unflatten(1, (scale.shape[1], -1)) * scale.float().unsqueeze(-1)).flatten(1)
     return Peer(layer, W, layer.qweight.nbytes + layer.scales.nbytes)
-
-
-def gptq_words(code: Tensor, bits: int) -> Tensor:
-    """Signed codes [out, in] as GPTQ keeps them: [in of a word, out] int32, the first input in the lowest bits, half added."""
-    unsigned = (code.T.long() + (1 << (bits - 1))).unflatten(0, (-1, 32 // bits))  # [words, inputs of a word, out]
-    shifts = torch.arange(0, 32, bits, device=code.device).view(-1, 1)
-    words = (unsigned << shifts).sum(1)  # [words, out]
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).to(torch.int32)
 
 
 def _plain(tensor: QuantizedTensor, device: torch.device) -> nn.Linear:

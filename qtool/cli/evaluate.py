@@ -1,7 +1,6 @@
 """`qtool eval`: measure a finished run or any model, without changing it."""
 
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -46,10 +45,11 @@ def evaluate(
         raise QtoolError(f"--original: {target} is a run, and is measured against the original of its recipe; leave it away")
     steps = choose_steps(target, source, length, samples, tasks, overrides, is_beside=original is not None)
     with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
-        from qtool.pipeline.run import evaluate_target  # here, because it imports torch
+        from qtool.pipeline.ranks import asked_for  # here, because they import torch
+        from qtool.pipeline.run import evaluate_target
 
         results = evaluate_target(target, steps, progress, device or "auto", allow_pickle, runtime.value, out, original)
-    if int(os.environ.get("RANK", "0")):
+    if not asked_for().is_first:
         return  # one of several processes that torchrun started: the first tells
     if json_only:
         print(json.dumps(results, indent=1))

@@ -1,7 +1,6 @@
 """`qtool run`: carry out a recipe, and go on where an interrupted run stopped."""
 
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -34,10 +33,11 @@ def run(
         loaded = load(recipe, model_overrides(overrides, device, allow_pickle))
         folder = out or Path("runs") / recipe.stem
         with redirect_stdout(sys.stderr if json_only else sys.stdout), show_progress(silent=json_only) as progress:
-            from qtool.pipeline.run import run_recipe  # here, because it imports torch
+            from qtool.pipeline.ranks import asked_for  # here, because they import torch
+            from qtool.pipeline.run import run_recipe
 
             results = run_recipe(loaded, folder, progress, fresh=fresh)
-    if int(os.environ.get("RANK", "0")):
+    if not asked_for().is_first:
         return  # one of several processes that torchrun started: the first tells
     if json_only:
         print(json.dumps(results, indent=1))

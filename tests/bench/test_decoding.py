@@ -16,15 +16,15 @@ from qtool.model.rounded_attention import quantize_by_kivi
 PROMPT, NEW = 12, 10  # past the sliding window of 16 that two of the families have
 
 
-def text(decoding: Decoding, prompt: Tensor) -> Tensor:
-    """Tokens [batch, NEW]."""
+def written(decoding: Decoding, prompt: Tensor, n_tokens: int) -> Tensor:
+    """Tokens [batch, n_tokens] after a prompt [batch, length]."""
     decoding.clear()
     decoding.first(prompt)
-    written = [decoding.token.clone()]
-    for _ in range(NEW - 1):
+    found = [decoding.token.clone()]
+    for _ in range(n_tokens - 1):
         decoding.next()
-        written.append(decoding.token.clone())
-    return torch.cat(written, 1)
+        found.append(decoding.token.clone())
+    return torch.cat(found, 1)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_fixed_cache_gives_the_text_of_a_growing_one(
     assert isinstance(growing, GrowingCache) and (growing.form, growing.why) == (CALLS, None)
     fixed, addresses = FixedCache(model, cache, batch=2), set()
     for prompt in (one, other, one):
-        assert torch.equal(text(fixed, prompt), text(growing, prompt))
+        assert torch.equal(written(fixed, prompt, NEW), written(growing, prompt, NEW))
         addresses.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
     assert len(addresses) == 1, "a recorded step would go on with what stood elsewhere"
 

@@ -118,18 +118,6 @@ def test_a_peers_fault_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_marlin_is_given_words_as_gptq_packs_them(bits: int) -> None:
-    half, of_word = 1 << (bits - 1), 32 // bits
-    code = torch.randint(-half, half, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    words = peers.gptq_words(code, bits)  # [words, out]
-    assert words.dtype == torch.int32 and words.shape == (16 // of_word, 3)
-    for n in range(3):
-        for k in range(16):
-            field = int(words[k // of_word, n]) >> bits * (k % of_word) & (1 << bits) - 1
-            assert field - half == code[n, k]
-
-
 def test_torchs_int8_is_a_peer_of_w8a8_and_right() -> None:
     subjects, absent = make_subjects(scheme_of("w8a8"), (64, 128), CPU)
     assert "torch int8" in subjects and absent["gemlite"] == "CUDA alone"

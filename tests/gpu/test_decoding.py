@@ -7,21 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qtool.bench.decoding import CALLS, GRAPH, Decoding, FixedCache, fixed_cache, make_decoding
+from qtool.bench.decoding import CALLS, GRAPH, FixedCache, fixed_cache, make_decoding
 from qtool.model.acceleration import Acceleration
 from qtool.model.handle import ModelHandle
+from tests.bench.test_decoding import written
 
 PROMPT, NEW = 12, 24  # past the sliding window of 16 that one of the families has
-
-
-def text(decoding: Decoding, prompt: Tensor) -> Tensor:
-    decoding.clear()
-    decoding.first(prompt)
-    written = [decoding.token.clone()]
-    for _ in range(NEW - 1):
-        decoding.next()
-        written.append(decoding.token.clone())
-    return torch.cat(written, 1)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
@@ -39,7 +30,7 @@ def test_a_graph_writes_what_calls_write(
     assert not isinstance(cache, str), cache
     called = FixedCache(model, cache, batch)
     for prompt in (one, other, one):
-        assert torch.equal(text(recorded, prompt), text(called, prompt))
+        assert torch.equal(written(recorded, prompt, NEW), written(called, prompt, NEW))
 
 
 def test_a_model_that_waits_for_the_gpu_is_called(
@@ -55,4 +46,4 @@ def test_a_model_that_waits_for_the_gpu_is_called(
     prompt = torch.randint(4096, (2, PROMPT), device="cuda")
     decoding = make_decoding(model, prompt, NEW)
     assert decoding.form == CALLS and "waits for the GPU in forward, test_decoding.py" in str(decoding.why)
-    assert text(decoding, prompt).shape == (2, NEW)
+    assert written(decoding, prompt, NEW).shape == (2, NEW)

@@ -8,7 +8,7 @@
 The router chooses among the centers, by their rows. A block is merged before the next is looked at.
 Source: Jha et al. 2026, arXiv:2604.04356 (REAM), and its authors' code. Differs: neurons are compared by all their weights,
 not by 64 principal components of them; an expert that no token came to has no share in its group.
-For: mixtures whose experts do not fit into memory; one shot, without training, where prune/experts forgets too much.
+For: mixtures whose experts do not fit into memory; one shot, without training. Beside prune/experts it is not measured.
 Costs: two passes over the text, in one of which all experts run on all tokens; an assignment of neurons³ for each expert that
 goes; writing the smaller model.
 """
